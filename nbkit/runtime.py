@@ -1,0 +1,109 @@
+"""Where and how code runs: device, seeds, one deterministic thread for notebooks, loops spread over workers."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def device(which: str = "auto"):
+    """The ``torch.device`` to use: ``"auto"`` takes cuda, else mps, else cpu; any other name is taken as it is.
+
+    Raises: ValueError where the device named is not available here.
+
+    >>> device("cpu")
+    device(type='cpu')
+    """
+    import torch
+
+    here = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
+    if which == "auto":
+        which = next(name for name, available in here.items() if available())
+    chosen = torch.device(which)
+    if not here.get(chosen.type, lambda: True)():
+        names = ", ".join(name for name, available in here.items() if available())
+        raise ValueError(f"device {which!r} is not available here; there is {names}")
+    return chosen
+
+
+def seed_everything(seed: int = 0):
+    """Seed Python, NumPy and torch (every device), and return a ``torch.Generator`` on the CPU with the same seed.
+
+    For the first cell of a script or notebook. The functions of the kit take an explicit ``seed`` or ``generator``
+    and leave these global states alone.
+
+    Raises: ValueError for a seed outside 0 to 2**32 - 1.
+    """
+    import numpy as np
+    import torch
+
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must lie in [0, 2**32), not {seed}")
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    return torch.Generator().manual_seed(seed)
+
+
+def deterministic(seed: int = 0, threads: int = 1):
+    """Make a notebook give the same numbers twice: seeds, deterministic kernels, a fixed number of threads.
+
+    More threads split sums differently, so the last digits of a float32 result depend on their number. Returns the
+    generator of :func:`seed_everything`.
+
+    Raises: ValueError for fewer than one thread.
+    """
+    import torch
+
+    if threads < 1:
+        raise ValueError(f"threads must be at least 1, not {threads}")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this set
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    return seed_everything(seed)
+
+
+def _call_on_threads(fn: Callable[[T], R], threads: int, item: T) -> R:
+    # A worker process starts with as many torch threads as the machine has cores: results would then depend on
+    # where a piece ran, and the workers would fight over the cores.
+    import torch
+
+    before = torch.get_num_threads()
+    if before != threads:
+        torch.set_num_threads(threads)
+    try:
+        return fn(item)
+    finally:
+        if before != threads:
+            torch.set_num_threads(before)
+
+
+def parallel(
+    fn: Callable[[T], R], items: Iterable[T], *, n_jobs: int | None = None, desc: str | None = None
+) -> list[R]:
+    """``[fn(item) for item in items]``, in order, spread over joblib workers.
+
+    ``n_jobs=None`` asks joblib: one job, or what the surrounding ``joblib.parallel_config`` says, so that
+
+    >>> with joblib.parallel_config(backend="dask"):            # or "ray", "loky", "threading"
+    ...     results = parallel(train_once, seeds)
+
+    runs the same call on a cluster. Each piece runs on as many torch threads as the caller has, wherever it runs.
+    ``desc`` shows a progress bar with that label. An exception in a piece stops the rest and is raised here.
+    """
+    import functools
+
+    import joblib
+    import torch
+    from tqdm.auto import tqdm
+
+    items = list(items)
+    call: Callable[[Any], R] = functools.partial(_call_on_threads, fn, torch.get_num_threads())
+    results = joblib.Parallel(n_jobs=n_jobs, return_as="generator")(joblib.delayed(call)(item) for item in items)
+    return list(tqdm(results, total=len(items), desc=desc, disable=desc is None))

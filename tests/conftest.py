@@ -1,0 +1,16 @@
+"""Fixtures every test may ask for."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where the unit tests run: cpu, or what NBKIT_TEST_DEVICE names (NBKIT_TEST_DEVICE=cuda runs them on a GPU)."""
+    return torch.device(os.environ.get("NBKIT_TEST_DEVICE", "cpu"))

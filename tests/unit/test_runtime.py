@@ -1,0 +1,68 @@
+"""Devices, seeds and loops over workers; and what ``import nbkit`` costs."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+
+import joblib
+import numpy as np
+import pytest
+import torch
+
+from nbkit import runtime
+
+
+def test_auto_finds_a_device_and_a_missing_one_is_named():
+    assert runtime.device("auto").type in ("cuda", "mps", "cpu")
+    assert runtime.device("cpu") == torch.device("cpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="'cuda' is not available"):
+            runtime.device("cuda")
+
+
+def test_a_seed_fixes_python_numpy_and_torch():
+    def draw():
+        generator = runtime.seed_everything(7)
+        return random.random(), np.random.rand(), torch.rand(1).item(), torch.rand(1, generator=generator).item()
+
+    assert draw() == draw()
+    with pytest.raises(ValueError, match=r"\[0, 2\*\*32\)"):
+        runtime.seed_everything(-1)
+
+
+def _threads_and_square(x):
+    return torch.get_num_threads(), x * x
+
+
+@pytest.mark.parametrize("backend", ["threading", "loky"])
+def test_parallel_keeps_order_and_the_callers_threads(backend):
+    with joblib.parallel_config(backend=backend, n_jobs=2):
+        results = runtime.parallel(_threads_and_square, range(5))
+    assert [r[1] for r in results] == [0, 1, 4, 9, 16]
+    assert {r[0] for r in results} == {torch.get_num_threads()}
+
+
+def test_an_exception_in_a_piece_is_raised():
+    with pytest.raises(ZeroDivisionError):
+        runtime.parallel(lambda x: 1 / x, [1, 0])
+
+
+def test_threads_must_be_positive():
+    with pytest.raises(ValueError, match="at least 1"):
+        runtime.deterministic(threads=0)
+
+
+def test_importing_nbkit_imports_neither_torch_nor_pyplot_nor_shap():
+    code = "import nbkit, sys; print([m for m in ('torch', 'matplotlib.pyplot', 'shap', 'pandas') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_an_unknown_submodule_is_an_attribute_error():
+    import nbkit
+
+    with pytest.raises(AttributeError, match="it has"):
+        nbkit.nothing  # noqa: B018
+    assert "sparsity" in dir(nbkit)
