@@ -1,0 +1,98 @@
+"""What a mask saves: multiply-adds by layer, measured on a real forward pass, and a table of the whole model."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from nbkit import forward
+from nbkit.errors import LayerDidNotRun
+from nbkit.sparsity._masks import Masks
+from nbkit.sparsity._weights import check_finite, prunable
+
+
+def flops(model: nn.Module, inputs: forward.Inputs, *, masks: Masks | None = None):
+    """Multiply-adds of one example in every Linear and Conv layer, counted by hooks on a forward pass of ``inputs``.
+
+    A weight is used once at each position: of the output map, of the token sequence, or of the input map for a
+    transposed convolution. So ``macs = weights * positions``. One multiply-add is two FLOPs in other counts. Biases,
+    normalisations, activations and attention products are not counted; places in the padding are.
+
+    Returns a DataFrame indexed by layer: ``type``, ``weights``, ``positions`` (an example, summed over calls),
+    ``macs``, and with ``masks`` also ``kept`` (weights; all of a layer without a mask) and ``macs_kept``.
+
+    Raises: LayerDidNotRun (a masked layer), ValueError (other shapes), LayerNotFound, NotFinite.
+
+    >>> flops(model, x)["macs"].sum()
+    """
+    import pandas as pd
+
+    forward.check_inputs(inputs)
+    forward.check_device(model, inputs)
+    if masks is not None:
+        masks._weights(model)
+    n = forward.batch_size(inputs)
+    layers = {path: m for path, m in model.named_modules() if isinstance(m, (nn.Linear, _ConvNd))}
+    positions: dict[str, int] = {}
+    with ExitStack() as stack:
+        for path, module in layers.items():
+            stack.callback(module.register_forward_hook(_count_positions(path, positions)).remove)
+        with forward.evaluating(model), torch.no_grad():
+            forward.call(model, inputs)
+    by_weight = {id(w): masks[name] for name, w in masks._weights(model).items()} if masks is not None else {}
+    asleep = [p for p, m in layers.items() if p not in positions and id(m.weight) in by_weight]
+    if asleep:
+        raise LayerDidNotRun(f"layer {asleep[0]!r} has a mask but did not run in the forward pass")
+    rows = {}
+    for path in positions:
+        weight = layers[path].weight
+        kept = int(torch.count_nonzero(by_weight[id(weight)])) if id(weight) in by_weight else weight.numel()
+        at = positions[path] // n
+        rows[path] = (type(layers[path]).__name__, weight.numel(), at, weight.numel() * at, kept, kept * at)
+    columns = ["type", "weights", "positions", "macs", "kept", "macs_kept"]
+    frame = pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("layer")
+    return frame if masks is not None else frame.drop(columns=["kept", "macs_kept"])
+
+
+def _count_positions(path: str, positions: dict[str, int]):
+    def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+        if isinstance(module, _ConvTransposeNd):
+            count = args[0].numel() // module.in_channels
+        else:
+            count = output.numel() // (
+                module.out_features if isinstance(module, nn.Linear) else module.out_channels
+            )
+        positions[path] = positions.get(path, 0) + count
+
+    return hook
+
+
+def sparsity_report(model: nn.Module, example: forward.Inputs | None = None):
+    """How sparse a model is now: weights that are exactly 0 in each prunable layer, and what that saves.
+
+    Returns a DataFrame indexed by parameter, with a last row ``total``: ``shape``, ``weights``, ``nonzero``,
+    ``density``, and with an ``example`` [N, ...] the multiply-adds of one example, ``macs`` and ``macs_kept`` (see
+    :func:`flops`; 0 where a layer did not run).
+
+    Raises: ValueError (nothing to prune), NotFinite.
+
+    >>> sparsity_report(model, x)
+    """
+    import pandas as pd
+
+    weights = prunable(model)
+    check_finite(weights, "weight")
+    masks = Masks({name: w.detach() != 0 for name, w in weights.items()})
+    frame = masks.report().rename(columns={"kept": "nonzero"})
+    total = {"shape": "", "weights": frame["weights"].sum(), "nonzero": frame["nonzero"].sum()}
+    total["density"] = total["nonzero"] / total["weights"]
+    if example is not None:
+        layer = [name.rpartition(".")[0] for name in frame.index]
+        positions = flops(model, example)["positions"].reindex(layer, fill_value=0).to_numpy()
+        for column, count in (("macs", "weights"), ("macs_kept", "nonzero")):
+            frame[column] = frame[count] * positions
+            total[column] = frame[column].sum()
+    return pd.concat([frame, pd.DataFrame(total, index=pd.Index(["total"], name="parameter"))])

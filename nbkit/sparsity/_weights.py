@@ -1,0 +1,98 @@
+"""Which tensors of a model may be pruned, and the checks every function of the package shares."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from numbers import Real
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from nbkit.errors import LayerNotFound, NotFinite, did_you_mean
+
+Names = str | Iterable[str] | None
+
+
+def prunable(model: nn.Module, *, layers: Names = None, exclude: Names = ()) -> dict[str, nn.Parameter]:
+    """The weights a mask may cover: ``weight`` of every ``Linear`` and convolution, in the order of the model.
+
+    Biases, normalisations and embeddings are left out. A weight shared by several layers counts once. ``layers``
+    keeps only, ``exclude`` drops, what they name: a layer (``"fc1"``), its weight (``"fc1.weight"``), or a block
+    that holds layers (``"encoder"``).
+
+    Raises: LayerNotFound for an unknown name; ValueError where nothing is left to prune, or where a layer computes
+    its weight (torch's own pruning, a parametrization), so that a mask on it would be lost.
+
+    >>> list(prunable(model, exclude="head"))
+    ['conv1.weight', 'fc.weight']
+    """
+    found: dict[str, nn.Parameter] = {}
+    for path, module in model.named_modules():
+        if not isinstance(module, (nn.Linear, _ConvNd)):
+            continue
+        weight = module._parameters.get("weight")
+        if weight is None:
+            raise ValueError(
+                f"layer {path!r} computes its weight (torch pruning, weight norm or a parametrization); make it a "
+                "plain parameter first, for example with torch.nn.utils.prune.remove(layer, 'weight')"
+            )
+        if isinstance(weight, nn.parameter.UninitializedParameter):
+            raise ValueError(f"layer {path!r} is lazy and has no weight yet; run one forward pass first")
+        if not any(weight is other for other in found.values()):
+            found[f"{path}.weight" if path else "weight"] = weight
+    if layers is not None:
+        keep = select(layers, found)
+        found = {name: w for name, w in found.items() if name in keep}
+    others = [name for name, _ in model.named_modules()] + [name for name, _ in model.named_parameters()]
+    dropped = select(exclude, found, also=others)
+    found = {name: w for name, w in found.items() if name not in dropped}
+    if not found or not any(w.numel() for w in found.values()):
+        raise ValueError("no prunable layers: the model (or what was selected of it) has no Linear or Conv weight")
+    return found
+
+
+def select(names: Names, known: Iterable[str], *, also: Iterable[str] = ()) -> set[str]:
+    """The parameter names among ``known`` that ``names`` mean: a parameter, its layer, or a block around it.
+
+    Names in ``also`` exist too, but select nothing.
+    """
+    known, also = list(known), set(also)
+    chosen: set[str] = set()
+    for name in [names] if isinstance(names, str) else (names or ()):
+        hits = [k for k in known if k == name or k.startswith(f"{name}.")]
+        if not hits and name not in also:
+            layers = [k.rpartition(".")[0] or k for k in known]
+            raise LayerNotFound(f"no prunable layer {name!r}{did_you_mean(name, layers)}")
+        chosen.update(hits)
+    return chosen
+
+
+def check_sparsity(sparsity: float, name: str = "sparsity") -> float:
+    """``sparsity`` as a float in [0, 1). Raises: TypeError, ValueError."""
+    if isinstance(sparsity, bool) or not isinstance(sparsity, Real):
+        raise TypeError(f"{name} must be a number in [0, 1), not {type(sparsity).__name__}")
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"{name} must lie in [0, 1), the fraction of weights removed; it is {sparsity}")
+    return float(sparsity)
+
+
+def check_scope(scope: str) -> None:
+    if scope not in ("global", "layer"):
+        raise ValueError(f"scope must be 'global' or 'layer', not {scope!r}")
+
+
+def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
+    """Raise NotFinite, naming the tensor. The sum is finite only if all are, so the slow look is rarely taken."""
+    for name, value in tensors.items():
+        if value.is_floating_point() and not torch.isfinite(value.detach().sum()):
+            bad = int((~torch.isfinite(value)).sum())
+            if bad:
+                raise NotFinite(f"{what} {name!r} holds {bad} NaN or infinite values of {value.numel()}")
+
+
+def same_names(first: Mapping, second: Mapping, what: str) -> None:
+    """Raise ValueError where two mappings do not speak of the same parameters."""
+    missing, extra = [n for n in first if n not in second], [n for n in second if n not in first]
+    if missing or extra:
+        raise ValueError(f"{what}: missing {missing}, not expected {extra}")
