@@ -22,9 +22,8 @@ help:  ## this list
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## +/ /' | awk '{n = $$1; $$1 = ""; printf "make %-9s%s\n", n, $$0}'
 
 lab: $(READY) models  ## open JupyterLab (localhost, token on) at the first notebook
-	@$(PY) -m jupyter lab --ServerApp.ip=127.0.0.1 --LabApp.news_url=None \
-	  --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate \
-	  $$([ "$$(id -u)" != 0 ] || echo --allow-root) $(LAB_FLAGS) notebooks/00-start/01-welcome.ipynb
+	@$(PY) -m jupyter lab --ServerApp.ip=127.0.0.1 $$([ "$$(id -u)" != 0 ] || echo --allow-root) $(LAB_FLAGS) \
+	  notebooks/00-start/01-welcome.ipynb
 
 test: $(READY) models chromium  ## every check: ruff, claims, unit tests, notebooks, browser (T=tests/unit for a part)
 	@$(PY) -m ruff check nbkit tests data/recipes
@@ -66,4 +65,7 @@ $(READY): requirements.lock pyproject.toml
 	@[ -x $(PY) ] || $(PYTHON) -m venv .venv
 	@echo "Installing the kit and what its notebooks need into .venv ..."
 	@$(PY) -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -e ".[all]" -c requirements.lock
+	@mkdir -p .venv/share/jupyter/lab/settings  # no question about news at the first start
+	@echo '{"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": false}}' \
+	  > .venv/share/jupyter/lab/settings/overrides.json
 	@touch $(READY)

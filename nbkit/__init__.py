@@ -21,7 +21,7 @@ _SUBMODULES = (
     # floor 2: the methods
     "attribution", "neurons", "shapley", "importance", "sparsity", "concepts", "faithfulness",
     # floor 3: the paper's shelf
-    "papers", "claims",
+    "papers", "claims", "notebooks",
     # floor 4: the reader's hands
     "widgets", "plots",
 )  # fmt: skip
@@ -42,5 +42,5 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:  # lets editors complete what __getattr__ loads
     from nbkit import (  # noqa: F401
         attribution, claims, concepts, datasets, errors, faithfulness, forward, hooks, importance, models,
-        neurons, papers, plots, runtime, shapley, sparsity, training, weights, widgets,
+        neurons, notebooks, papers, plots, runtime, shapley, sparsity, training, weights, widgets,
     )  # fmt: skip

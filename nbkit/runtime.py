@@ -69,7 +69,7 @@ def deterministic(seed: int = 0, threads: int = 1):
     return seed_everything(seed)
 
 
-def _call_on_threads(fn: Callable[[T], R], threads: int, item: T) -> R:
+def _call_on_threads(fn: Callable[[T], R], threads: int, boxed: tuple[T]) -> R:
     # A worker process starts with as many torch threads as the machine has cores: results would then depend on
     # where a piece ran, and the workers would fight over the cores.
     import torch
@@ -78,7 +78,7 @@ def _call_on_threads(fn: Callable[[T], R], threads: int, item: T) -> R:
     if before != threads:
         torch.set_num_threads(threads)
     try:
-        return fn(item)
+        return fn(*boxed)
     finally:
         if before != threads:
             torch.set_num_threads(before)
@@ -105,5 +105,7 @@ def parallel(
 
     items = list(items)
     call: Callable[[Any], R] = functools.partial(_call_on_threads, fn, torch.get_num_threads())
-    results = joblib.Parallel(n_jobs=n_jobs, return_as="generator")(joblib.delayed(call)(item) for item in items)
+    # Boxed, because joblib's dask backend places a bare array on one worker alone, and the sweep dies with that worker.
+    work = (joblib.delayed(call)((item,)) for item in items)
+    results = joblib.Parallel(n_jobs=n_jobs, return_as="generator")(work)
     return list(tqdm(results, total=len(items), desc=desc, disable=desc is None))

@@ -79,8 +79,7 @@ def scale(neurons=None, k: float | Tensor = 1.0, *, positions=None, at: str = "o
 def clamp(neurons=None, value: float | Tensor = 0.0, *, positions=None, at: str = "output") -> Edit:
     """Hold neurons at ``value``, a number or one number a selected neuron ``[k]``. Raises NotFinite."""
     held = _finite(value, "clamp")
-    change = lambda part, axis: _cleared(part) + _per_neuron(held, part, axis)
-    return Edit(change, neurons, positions, at, "clamp")
+    return Edit(lambda part, axis: _cleared(part) + _per_neuron(held, part, axis), neurons, positions, at, "clamp")
 
 
 def replace(value: Tensor | Callable[[Tensor], Tensor], neurons=None, *, positions=None, at: str = "output") -> Edit:

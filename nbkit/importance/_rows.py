@@ -136,7 +136,7 @@ def _module_input(model: nn.Module, X: Any, table: Any) -> Tensor:
         values = X.detach()
     else:
         try:
-            numbers = np.asarray(table, dtype=float)
+            numbers = np.array(table, dtype=float)  # a copy: torch warns of a DataFrame's read-only values
         except (TypeError, ValueError) as error:
             raise TypeError(f"a torch module takes numbers; X holds something else: {error}") from None
         weights = [p for p in model.parameters() if p.is_floating_point()]

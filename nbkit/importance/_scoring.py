@@ -45,7 +45,7 @@ def make_scorer(scoring: Any, y: np.ndarray, example: Tensor, *, logits: bool) -
     target = _class_target(y, example.shape[1]) if classes else y
     score, kinds = _BATCHED.get(scoring, (None, ()))
     if kind in kinds:
-        truth = torch.as_tensor(target)
+        truth = torch.as_tensor(target.copy())  # torch warns of a Series' read-only values
         return (lambda outputs: score(outputs.cpu(), truth, logits).numpy()), scoring  # mps has no float64
     return _one_by_one(scoring, kind, target, example.shape[-1], logits), scoring
 

