@@ -28,11 +28,13 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
     """Run the model in evaluation mode; every submodule gets back the mode it had, also after an exception."""
     modes = [(m, m.training) for m in model.modules()]
     try:
-        model.eval()
+        if any(mode for _, mode in modes):
+            model.eval()
         yield model
     finally:
         for module, mode in modes:
-            module.training = mode
+            if module.training != mode:
+                module.training = mode
 
 
 def check_inputs(inputs: Inputs, *, name: str = "inputs") -> Inputs:
@@ -49,7 +51,8 @@ def check_inputs(inputs: Inputs, *, name: str = "inputs") -> Inputs:
             raise TypeError(f"{name} must be a tensor or a dict of tensors, not {type(value).__name__}")
         if value.ndim == 0 or value.shape[0] == 0:
             raise ValueError(f"{key} is empty: its shape is {tuple(value.shape)}, and axis 0 must hold examples")
-        if value.is_floating_point() and not torch.isfinite(value).all():
+        # the sum of finite values is finite unless it overflows, and is much cheaper than looking at each
+        if value.is_floating_point() and not value.sum().isfinite() and not torch.isfinite(value).all():
             bad = (~torch.isfinite(value)).sum().item()
             raise NotFinite(f"{key} holds {bad} NaN or infinite values of {value.numel()}")
     return inputs

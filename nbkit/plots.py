@@ -295,8 +295,9 @@ def contributions(
     ax.bar_label(bars_, [f"{v:+.3g}" for v in values], padding=3, size=9)
     ax.axvline(base, color="#555555", linestyle="--", linewidth=1.2)
     ax.set_yticks(range(len(values)), labels)
-    ax.margins(x=0.15)
-    ax.set_xlabel(xlabel)
+    ends = np.concatenate([[base], starts, starts + values])
+    room = 0.15 * (np.ptp(ends) or 1.0)  # for the numbers beside the bars
+    ax.set(xlabel=xlabel, xlim=(ends.min() - room, ends.max() + room))
     if title is not None:
         ax.set_title(title)
     return ax
