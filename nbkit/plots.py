@@ -148,8 +148,9 @@ def overlay(
     size = (grey.shape[1], grey.shape[0])
     matrix = np.asarray(Image.fromarray(matrix.astype(np.float32)).resize(size, Image.Resampling.BILINEAR))
     low, high = colours["vmin"], colours["vmax"]
-    rgba = matplotlib.colormaps[colours["cmap"]](np.clip((matrix - low) / (high - low), 0, 1))
-    strength = np.abs(matrix) / high if low < 0 else (matrix - low) / (high - low)
+    span = high - low or 1.0  # a map that is the same everywhere has nothing to show: it stays clear
+    rgba = matplotlib.colormaps[colours["cmap"]](np.clip((matrix - low) / span, 0, 1))
+    strength = np.abs(matrix) / high if low < 0 else (matrix - low) / span
     rgba[..., 3] = alpha * np.clip(strength, 0, 1)
     ax.imshow(grey, cmap="gray", vmin=0, vmax=1, interpolation="antialiased")
     ax.imshow(rgba, interpolation="antialiased")
