@@ -1,0 +1,102 @@
+"""What the score does when one neuron is silenced, for many neurons a forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from nbkit import forward, hooks
+from nbkit.errors import NotFinite
+from nbkit.hooks._attach import attach
+from nbkit.hooks._select import neuron_index
+from nbkit.neurons._basic import _one
+from nbkit.neurons._replay import run, units
+from nbkit.neurons._sites import Site, batches, check, observe, rows_target, take_target
+
+
+def ablation_effect(
+    model: nn.Module, inputs: forward.Inputs, target: forward.Target = None, *, layer: str, neurons: Any = None,
+    value: float | Tensor = 0.0, positions: Any = None, batch: int = 64, progress: bool = False,
+) -> Tensor:  # fmt: skip
+    """The change of the target's score when each neuron alone is set to ``value``: edited minus clean.
+
+    Every row of a batch is a copy of an input with another neuron edited. What runs before the layer is computed once
+    for such a batch, not once a neuron.
+
+    Args:
+        target: None (the predicted class), an int, ints ``[N]``, or a callable on the model's output that gives one
+            score a row, whatever the number of rows. For a class the score is the model's output (its logit).
+        layer: a dotted name; its output is edited.
+        neurons: None (all), int, ints, slice or bool mask.
+        value: one number, or one a neuron ``[K]`` (a mean over data, for instance).
+        positions: tokens, places in a map, or None for all: where the neuron is edited.
+        batch: rows a forward.
+        progress: show a bar.
+
+    Returns: ``[N, K]``, one column a chosen neuron, in the unit of the score; on the CPU.
+
+    Raises: LayerNotFound, LayerDidNotRun; IndexError (neuron, position or target out of range); ValueError; NotFinite.
+
+    >>> ablation_effect(cnn, images, layer="features.8").min(1)                      # the neuron missed the most
+    """
+    n = check(model, inputs)
+    batches(n, batch)
+    kept = []
+    with forward.evaluating(model), torch.no_grad(), tqdm(total=n, desc="ablation", disable=not progress) as bar:
+        _, (where,), (rows,), _ = observe(model, forward.take(inputs, slice(0, 1)), _one(layer), positions)
+        index = neuron_index(neurons, rows.shape[-1], rows.device)
+        index = torch.arange(rows.shape[-1], device=rows.device) if index is None else index
+        if not index.numel():
+            raise ValueError("no neuron was chosen")
+        values = _values(value, index, rows)
+        for chosen in batches(n, max(1, batch // len(index))):  # examples whose neurons fit in one batch together
+            part = forward.take(inputs, chosen)
+            kept.append(_effects(model, part, take_target(target, chosen, n), where, index, values, batch).cpu())
+            bar.update(chosen.stop - chosen.start)
+    return torch.cat(kept)
+
+
+def _effects(model, inputs, target, where: Site, neurons: Tensor, values: Tensor, batch: int) -> Tensor:
+    output = forward.call(model, inputs)
+    labels = forward.resolve_target(output, target)
+    clean = forward.scores(output, labels)
+    n, k = len(clean), min(len(neurons), batch)
+    copies = torch.arange(n, device=neurons.device).repeat_interleave(k)
+    repeated = forward.take(inputs, copies)
+    _, cached = run(model, repeated, cached={}, keep=units(model, [where.module]), until=where.module)
+    effects = torch.empty(n, len(neurons), dtype=clean.dtype, device=clean.device)
+    for start in range(0, len(neurons), k):
+        start = min(start, len(neurons) - k)  # the last batch overlaps: every batch has the size that was cached
+        edited = slice(start, start + k)
+        undo = attach(where.module, "output", _one_a_row(where, neurons[edited].repeat(n), values[edited].repeat(n)))
+        try:
+            output, _ = run(model, repeated, cached=cached)
+        finally:
+            undo()
+        score = forward.scores(output, rows_target(labels, copies))
+        effects[:, edited] = score.unflatten(0, (n, k)) - clean[:, None]
+    return effects
+
+
+def _one_a_row(where: Site, neurons: Tensor, values: Tensor) -> hooks.Edit:
+    """An edit that sets neuron ``neurons[r]`` of row ``r`` to ``values[r]`` at the site's positions."""
+
+    def change(part: Tensor, axis: int) -> Tensor:
+        moved = part.movedim(axis, -1)
+        shape = (len(neurons),) + (1,) * (moved.ndim - 2) + (-1,)
+        mine = nn.functional.one_hot(neurons, moved.shape[-1]).bool().view(shape)
+        return torch.where(mine, values.view(shape), moved).movedim(-1, axis)
+
+    return hooks.Edit(change, None, where.positions, label="ablation")
+
+
+def _values(value: float | Tensor, neurons: Tensor, rows: Tensor) -> Tensor:
+    values = torch.as_tensor(value, dtype=rows.dtype, device=rows.device)
+    if not torch.isfinite(values).all():
+        raise NotFinite("value holds NaN or infinite values")
+    if values.ndim > 1 or (values.ndim == 1 and len(values) != len(neurons)):
+        raise ValueError(f"value must be a number or [{len(neurons)}], one a chosen neuron, not {tuple(values.shape)}")
+    return values.expand(len(neurons))

@@ -1,0 +1,166 @@
+"""Where a neuron is read: a layer at chosen positions, as rows ``[N, P, F]`` (examples, positions, neurons)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nbkit import forward, hooks
+from nbkit.hooks._attach import attach
+from nbkit.hooks._select import position_index
+
+REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda rows: rows.mean(1),
+    "sum": lambda rows: rows.sum(1),
+    "max": lambda rows: rows.amax(1),
+}
+
+
+@dataclass(frozen=True)
+class Site:
+    """One layer and the positions its neurons are read at (``None``: everywhere, and for ``[N, F]`` layers)."""
+
+    name: str
+    module: nn.Module
+    positions: Any = None
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """The neurons of the layer's output ``tensor`` at the site's positions, ``[N, P, F]``."""
+        moved = tensor.movedim(hooks.neuron_axis(tensor, self.module), -1)
+        flat = moved.reshape(moved.shape[0], -1, moved.shape[-1])
+        if self.positions is None:
+            return flat
+        places, _ = position_index(self.positions, tuple(moved.shape[1:-1]), tensor.device)
+        return flat[:, places]
+
+    def overwrite(self, rows: Tensor) -> hooks.Edit:
+        """An edit that puts ``rows`` ``[N, P, F]`` where the site is; autograd and forward-mode flow into them."""
+
+        def change(part: Tensor, axis: int) -> Tensor:
+            # a copy: what follows may work in place, which a leaf of autograd does not allow
+            return rows.reshape(part.movedim(axis, -1).shape).movedim(-1, axis).clone()
+
+        return hooks.Edit(change, None, self.positions, label="overwrite")
+
+
+def site(module: nn.Module, name: str, tensor: Tensor, positions: Any, examples: int) -> Site:
+    """The site of a layer whose output is ``tensor``; position 0 of a layer without positions is the layer itself.
+
+    Raises: ValueError (positions that the layer does not have, an output whose axis 0 does not count examples),
+    IndexError (a position out of range).
+    """
+    shape = tuple(tensor.shape)
+    if shape[0] != examples:
+        raise ValueError(f"layer {name!r} puts out {shape} for {examples} examples; axis 0 must count examples")
+    if tensor.ndim == 2 and isinstance(positions, int) and not isinstance(positions, bool) and positions == 0:
+        positions = None
+    found = Site(name, module, positions)
+    try:
+        found.rows(tensor[:1])
+    except (ValueError, IndexError) as error:
+        hint = ""
+        if tensor.ndim > 3 and isinstance(positions, int):
+            hint = "; name a place (row, column), or None for the whole map"
+        raise type(error)(f"layer {name!r}: {error}{hint}") from None
+    return found
+
+
+class Observed(NamedTuple):
+    """What :func:`observe` saw; ``sites`` and ``rows`` in the order the layers were named, ``ran`` in that they ran."""
+
+    output: Any
+    sites: list[Site]
+    rows: list[Tensor]
+    ran: list[str]
+
+
+def observe(model: nn.Module, inputs: forward.Inputs, layers: str | Iterable[str], positions: Any) -> Observed:
+    """One clean forward: the model's output, and the rows ``[N, P, F]`` of some layers.
+
+    Raises: LayerNotFound, LayerDidNotRun, and as :func:`site`.
+    """
+    names = hooks.resolve(model, layers)
+    modules = {name: hooks.get_layer(model, name) for name in names}
+    ran: list[str] = []
+    with ExitStack() as stack:
+        stack.enter_context(forward.evaluating(model))
+        stack.enter_context(torch.no_grad())
+        for name, module in modules.items():
+            stack.callback(module.register_forward_hook(lambda *_, name=name: ran.append(name)).remove)
+        acts = stack.enter_context(hooks.record(model, names, to=None))
+        output = forward.call(model, inputs)
+    n = forward.batch_size(inputs)
+    sites = [site(modules[name], name, acts[name], positions, n) for name in names]
+    return Observed(output, sites, [s.rows(acts[s.name]) for s in sites], ran)
+
+
+@contextmanager
+def overwriting(sites: Iterable[Site], rows: Iterable[Tensor]) -> Iterator[None]:
+    """Put ``rows`` where ``sites`` are, in every forward inside the context.
+
+    Unlike ``hooks.edit`` it does not mind a layer that did not run: a resumed forward skips some on purpose.
+    """
+    with ExitStack() as stack:
+        for where, values in zip(sites, rows, strict=True):
+            stack.callback(attach(where.module, "output", where.overwrite(values)))
+        yield
+
+
+def reduced(rows: Tensor, how: str | None) -> Tensor:
+    """``[N, P, F]`` to ``[N, F]`` by ``"mean"``, ``"sum"`` or ``"max"`` over positions; ``None`` keeps them."""
+    if how is None:
+        return rows
+    if how not in REDUCTIONS:
+        raise ValueError(f"reduce must be one of {', '.join(map(repr, REDUCTIONS))} or None, not {how!r}")
+    return REDUCTIONS[how](rows)
+
+
+def batches(n: int, size: int | None) -> list[slice]:
+    """``n`` examples as slices of at most ``size``. Raises ValueError for a size below 1."""
+    if size is not None and (isinstance(size, bool) or size < 1):
+        raise ValueError(f"batch must be at least 1, not {size}")
+    return [slice(start, min(start + (size or n), n)) for start in range(0, n, size or n)]
+
+
+def take_target(target: forward.Target, chosen: slice, n: int) -> forward.Target:
+    """The targets of the examples ``chosen``; ints and callables are the same for all.
+
+    Raises: ValueError where a tensor of targets does not hold one for each of the ``n`` inputs.
+    """
+    if not isinstance(target, Tensor) or target.ndim == 0:
+        return target
+    if target.shape != (n,):
+        raise ValueError(f"target has shape {tuple(target.shape)}; for {n} inputs it must be an int or [{n}]")
+    return target[chosen]
+
+
+def rows_target(target: forward.Target, index: Tensor) -> forward.Target:
+    """A resolved target for rows that repeat examples: row ``r`` is a copy of example ``index[r]``."""
+    return target[index.to(target.device)] if isinstance(target, Tensor) else target
+
+
+def floating_input(inputs: forward.Inputs) -> tuple[Tensor, Callable[[Tensor, Any], forward.Inputs]]:
+    """The one floating-point tensor gradients are taken for, and ``rebuild(new, index)`` -> inputs with it replaced.
+
+    ``index`` picks the examples of whatever else a dict holds. Raises TypeError (none, or more than one).
+    """
+    if not isinstance(inputs, Mapping):
+        if not inputs.is_floating_point():
+            raise TypeError(f"gradients need a floating-point input, not {inputs.dtype}")
+        return inputs, lambda new, index: new
+    keys = [k for k, v in inputs.items() if isinstance(v, Tensor) and v.is_floating_point()]
+    if len(keys) != 1:
+        raise TypeError(f"gradients need exactly one floating-point tensor in the inputs; there are {len(keys)} {keys}")
+    return inputs[keys[0]], lambda new, index: {**forward.take(inputs, index), keys[0]: new}
+
+
+def check(model: nn.Module, inputs: forward.Inputs) -> int:
+    """Check inputs and device; the number of examples."""
+    forward.check_inputs(inputs)
+    forward.check_device(model, inputs)
+    return forward.batch_size(inputs)
