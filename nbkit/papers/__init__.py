@@ -87,7 +87,9 @@ def _frame(papers: Iterable[Paper]):
     rows = [
         {**dataclasses.asdict(paper), "authors": paper.byline, "notebook": paper.notebook} for paper in papers
     ]
-    return pd.DataFrame(rows, columns=_COLUMNS).astype({"venue": object, "arxiv": object})
+    # pandas reads a None among texts as NaN, which is true
+    plain = {name: pd.Series([row[name] for row in rows], dtype=object) for name in ("venue", "arxiv")}
+    return pd.DataFrame(rows, columns=_COLUMNS).assign(**plain)
 
 
 def _plain(text: str) -> str:
