@@ -264,6 +264,49 @@ def bars(
     return ax
 
 
+def grouped(
+    ax: Axes,
+    settings: Mapping[str, Mapping[str, Any]],
+    *,
+    ylabel: str,
+    title: str | None = None,
+    reference: float | None = None,
+    reference_label: str = "chance",
+) -> Axes:
+    """Bars side by side: for each group one bar a setting, as high as the mean of its values, and the values as points.
+
+    Args:
+        settings: label -> {group -> values ``[seeds]``, or a number}; the groups of the first setting name the places.
+        reference: as in :func:`bars`.
+
+    Raises: ValueError (no settings, other groups in one of them, an empty group), NotFinite.
+    """
+    if not settings or not all(settings.values()):
+        raise ValueError("there are no groups to draw")
+    names = list(next(iter(settings.values())))
+    width = 0.8 / len(settings)
+    for k, (label, groups) in enumerate(settings.items()):
+        if set(groups) != set(names):
+            raise ValueError(f"setting {label!r} has the groups {sorted(groups)}, the first one {sorted(names)}")
+        colour = PALETTE[k % len(PALETTE)]
+        for place, name in enumerate(names):
+            values = np.atleast_1d(_array(groups[name], f"group {name!r} of {label!r}"))
+            middle = place + (k - (len(settings) - 1) / 2) * width
+            ax.bar(middle, values.mean(), 0.92 * width, color=colour, alpha=0.55, label=label if place == 0 else None)
+            if len(values) > 1:
+                across = middle + np.linspace(-0.3, 0.3, len(values)) * width
+                ax.plot(across, values, "o", markersize=3.5, color=colour, markeredgecolor="white", markeredgewidth=0.6)
+    if reference is not None:
+        ax.axhline(reference, color="#555555", linestyle="--", linewidth=1.2, label=reference_label)
+    ax.set_xticks(range(len(names)), names)
+    ax.set_ylabel(ylabel)
+    if title is not None:
+        ax.set_title(title)
+    ax.grid(axis="y")
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return ax
+
+
 def contributions(
     ax: Axes,
     parts: Mapping[str, float],

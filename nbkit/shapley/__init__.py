@@ -14,9 +14,9 @@ from __future__ import annotations
 from nbkit.shapley._aspects import Aspects, aspects
 from nbkit.shapley._explain import explain, group_shapley
 from nbkit.shapley._explanation import AdditivityWarning, Explanation, group
-from nbkit.shapley._plots import beeswarm, waterfall
+from nbkit.shapley._plots import beeswarm, dendrogram, waterfall
 
 __all__ = [
-    "AdditivityWarning", "Aspects", "Explanation", "aspects", "beeswarm", "explain", "group", "group_shapley",
-    "waterfall",
+    "AdditivityWarning", "Aspects", "Explanation", "aspects", "beeswarm", "dendrogram", "explain", "group",
+    "group_shapley", "waterfall",
 ]  # fmt: skip

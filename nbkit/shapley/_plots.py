@@ -1,4 +1,4 @@
-"""shap's beeswarm and waterfall, drawn where the caller says and leaving pyplot as it was."""
+"""shap's beeswarm and waterfall and the tree of aspects, drawn where the caller says, leaving pyplot as it was."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
+from nbkit.shapley._aspects import Aspects
 from nbkit.shapley._explain import numpy_seeded
 from nbkit.shapley._explanation import Explanation
 
@@ -46,6 +47,28 @@ def waterfall(explanation: Explanation, row: int, *, ax: Axes | None = None, max
     ax = _axes(ax, rows=min(max_display, explanation.values.shape[1]))
     with _drawing_in(ax):
         shap.plots.waterfall(explanation.to_shap()[row], max_display=max_display, show=False)
+    return ax
+
+
+def dendrogram(found: Aspects, *, ax: Axes | None = None) -> Axes:
+    """The tree of features behind ``aspects``, with a dashed line where it was cut: what joins left of it is an aspect.
+
+    ``ax`` as for ``beeswarm``. Returns the axes. Raises: ValueError for a single feature.
+
+    >>> dendrogram(aspects(X_train, 0.5), ax=fig.subplots())
+    """
+    from scipy.cluster import hierarchy
+
+    if len(found.features) < 2:
+        raise ValueError(f"a dendrogram needs at least two features, not {found.features}")
+    ax = _axes(ax, rows=len(found.features))
+    hierarchy.dendrogram(
+        found.linkage, labels=found.features, orientation="right", ax=ax,
+        color_threshold=0, above_threshold_color="#555555",
+    )  # fmt: skip
+    ax.axvline(1 - found.threshold, color="#D55E00", linestyle="--")
+    ax.set_xlim(0, 1)
+    ax.set_xlabel("1 - |Spearman|")
     return ax
 
 

@@ -236,3 +236,21 @@ def test_contributions_join_the_smallest_parts(ax):
 def test_contributions_refuse_what_cannot_be_drawn(ax, parts, options, error):
     with pytest.raises(error):
         plots.contributions(ax, parts, **{"base": 0.0, "xlabel": "y", **options})
+
+
+def test_grouped_bars_stand_side_by_side_at_their_means(ax):
+    plots.grouped(ax, {"A": {"LR": [1.0, 3.0], "RF": 4.0}, "C": {"LR": [5.0], "RF": [6.0, 8.0]}}, ylabel="y", reference=0.5)
+    places = [round(bar.get_x() + bar.get_width() / 2, 6) for bar in ax.patches]
+    assert list(zip(places, [bar.get_height() for bar in ax.patches], strict=True)) == [(-0.2, 2), (0.8, 4), (0.2, 5), (1.2, 7)]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["A", "C", "chance"]
+    drawn(ax)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [({}, ValueError), ({"A": {}}, ValueError), ({"A": {"LR": 1.0}, "C": {"RF": 1.0}}, ValueError),
+     ({"A": {"LR": []}}, ValueError), ({"A": {"LR": [float("nan")]}}, NotFinite)],
+)  # fmt: skip
+def test_grouped_bars_refuse_what_cannot_be_drawn(ax, settings, error):
+    with pytest.raises(error):
+        plots.grouped(ax, settings, ylabel="y")

@@ -633,3 +633,16 @@ def test_plots_draw_where_they_are_told_and_leave_pyplot_alone(cells, split):
     with pytest.raises(IndexError, match="row 6 is out of range.*0 to 5"):
         shapley.waterfall(found, 6)
     shapley.beeswarm(shapley.group(found, {"size": ["mean radius", "mean area"]}), ax=Figure().subplots())
+
+
+def test_the_dendrogram_shows_every_feature_and_where_it_was_cut():
+    from matplotlib.figure import Figure
+
+    table = pd.DataFrame(np.random.default_rng(0).normal(size=(30, 3)), columns=list("abc")).assign(d=lambda t: t["a"])
+    found = shapley.aspects(table, 0.7)
+    ax = shapley.dendrogram(found, ax=Figure().subplots())
+    assert sorted(label.get_text() for label in ax.get_yticklabels()) == list("abcd")
+    cut = [line.get_xdata()[0] for line in ax.lines if line.get_linestyle() == "--"]
+    assert cut == [pytest.approx(0.3)]
+    with pytest.raises(ValueError, match="at least two features"):
+        shapley.dendrogram(shapley.aspects(table[["a"]], 0.7))
