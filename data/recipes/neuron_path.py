@@ -11,7 +11,7 @@
     python data/recipes/neuron_path.py --part dinov2   # or vit: one half
 
 The functions are the notebook's own method cells; the search runs in nbkit.neurons, which the notebook shows to be
-equal. One thread; about ten minutes of processor time for the tiny ViTs and five for DINOv2.
+equal. One thread; twelve minutes of processor time for the tiny ViTs and nine for DINOv2.
 """
 
 from __future__ import annotations
