@@ -15,9 +15,9 @@ __version__ = "0.1.0"
 
 _SUBMODULES = (
     # floor 0: the ground
-    "errors", "runtime", "weights", "datasets", "models",
+    "errors", "runtime", "weights", "datasets", "models", "forward",
     # floor 1: the instruments
-    "forward", "hooks", "training",
+    "hooks", "training",
     # floor 2: the methods
     "attribution", "neurons", "shapley", "importance", "sparsity", "concepts", "faithfulness",
     # floor 3: the paper's shelf

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from nbkit import forward, hooks
+from nbkit._rows import batches, check_batch, target_of
 from nbkit.errors import NotFinite
 from nbkit.hooks._attach import attach
 from nbkit.hooks._select import neuron_index
 from nbkit.neurons._basic import _one
 from nbkit.neurons._replay import run, units
-from nbkit.neurons._sites import Site, batches, check, observe, rows_target, take_target
+from nbkit.neurons._sites import Site, check, observe
 
 
 def ablation_effect(
@@ -42,8 +43,8 @@ def ablation_effect(
 
     >>> ablation_effect(cnn, images, layer="features.8").min(1)                      # the neuron missed the most
     """
-    n = check(model, inputs)
-    batches(n, batch)
+    n = check(model, inputs, target)
+    check_batch(batch)
     kept = []
     with forward.evaluating(model), torch.no_grad(), tqdm(total=n, desc="ablation", disable=not progress) as bar:
         _, (where,), (rows,), _ = observe(model, forward.take(inputs, slice(0, 1)), _one(layer), positions)
@@ -54,7 +55,7 @@ def ablation_effect(
         values = _values(value, index, rows)
         for chosen in batches(n, max(1, batch // len(index))):  # examples whose neurons fit in one batch together
             part = forward.take(inputs, chosen)
-            kept.append(_effects(model, part, take_target(target, chosen, n), where, index, values, batch).cpu())
+            kept.append(_effects(model, part, target_of(target, chosen), where, index, values, batch).cpu())
             bar.update(chosen.stop - chosen.start)
     return torch.cat(kept)
 
@@ -76,7 +77,7 @@ def _effects(model, inputs, target, where: Site, neurons: Tensor, values: Tensor
             output, _ = run(model, repeated, cached=cached)
         finally:
             undo()
-        score = forward.scores(output, rows_target(labels, copies))
+        score = forward.scores(output, target_of(labels, copies))
         effects[:, edited] = score.unflatten(0, (n, k)) - clean[:, None]
     return effects
 

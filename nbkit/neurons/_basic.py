@@ -9,18 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from nbkit import forward, hooks
+from nbkit._rows import batches, explained, target_of
 from nbkit.errors import NotFinite
 from nbkit.hooks._attach import attach
-from nbkit.neurons._sites import (
-    batches,
-    check,
-    floating_input,
-    observe,
-    reduced,
-    rows_target,
-    site,
-    take_target,
-)
+from nbkit.neurons._sites import check, observe, reduced, site
 
 
 def activation(
@@ -88,11 +80,11 @@ def gradient_x_activation(
 
 
 def _by_gradient(model, inputs, target, layer, positions, reduce, batch, combine: Callable) -> Tensor:
-    n = check(model, inputs)
+    n = check(model, inputs, target)
     kept = []
     for chosen in batches(n, batch):
         part = forward.take(inputs, chosen)
-        rows, grads = rows_and_gradients(model, part, take_target(target, chosen, n), layer, positions)
+        rows, grads = rows_and_gradients(model, part, target_of(target, chosen), layer, positions)
         kept.append(reduced(combine(rows, grads), reduce).cpu())
     return torch.cat(kept)
 
@@ -130,7 +122,7 @@ def rows_and_gradients(
 def conductance(
     model: nn.Module, inputs: forward.Inputs, target: forward.Target = None, *, layer: str,
     baseline: float | Tensor = 0.0, steps: int = 50, positions: Any = None, reduce: str | None = "sum",
-    batch: int = 64,
+    batch: int = 64, wrt: str | None = None,
 ) -> Tensor:  # fmt: skip
     """How much of the score's change from baseline to input flows through each neuron.
 
@@ -140,10 +132,10 @@ def conductance(
 
     Args:
         target, layer, positions, reduce: as :func:`gradient_x_activation`; None is the class predicted for the input.
-        baseline: a number or a tensor that broadcasts to the inputs. A dict of inputs must hold one floating-point
-            tensor, and that one is scaled.
+        baseline: a number or a tensor that broadcasts to the inputs.
         steps: intervals between baseline and input.
         batch: rows (an input at one step) a forward and backward.
+        wrt: the tensor of a dict of inputs that is scaled; ``None``: its only floating one.
 
     Returns: ``[N, K]`` in the unit of the score; ``[N, P, K]`` with ``reduce=None``.
 
@@ -153,29 +145,29 @@ def conductance(
 
     >>> conductance(cnn, images, layer="features.8", steps=50)
     """
-    n = check(model, inputs)
+    n = check(model, inputs, target)
     if isinstance(steps, bool) or steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
-    x, _ = floating_input(inputs)
+    x, _ = explained(inputs, wrt)
     base = _baseline_like(x, baseline)
     kept = []
     for chosen in batches(n, batch):
         part = forward.take(inputs, chosen)
         with forward.evaluating(model), torch.no_grad():
-            labels = forward.resolve_target(forward.call(model, part), take_target(target, chosen, n))
-        total = _conductance(model, part, base[chosen], labels, layer, positions, steps, batch)
+            labels = forward.resolve_target(forward.call(model, part), target_of(target, chosen))
+        total = _conductance(model, part, base[chosen], labels, layer, positions, steps, batch, wrt)
         kept.append(reduced(total, reduce).cpu())
     return torch.cat(kept)
 
 
-def _conductance(model, inputs, base, labels, layer, positions, steps, batch) -> Tensor:
-    x, rebuild = floating_input(inputs)
+def _conductance(model, inputs, base, labels, layer, positions, steps, batch, wrt) -> Tensor:
+    x, rebuild = explained(inputs, wrt)
     n = x.shape[0]
     total, last = None, None
     for alphas in torch.linspace(0, 1, steps + 1, dtype=x.dtype, device=x.device).split(max(1, batch // n)):
         index = torch.arange(n, device=x.device).repeat(len(alphas))  # step by step, all examples in each
         points = torch.cat([base + a * (x - base) for a in alphas])
-        target = rows_target(labels, index)
+        target = target_of(labels, index)
         rows, grads = rows_and_gradients(model, rebuild(points, index), target, layer, positions)
         both = torch.stack([rows, grads]).unflatten(1, (len(alphas), n))
         both = both if last is None else torch.cat([last, both], 1)

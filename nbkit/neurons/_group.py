@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from nbkit import forward
+from nbkit._rows import batches, target_of
 from nbkit.neurons._passes import Passes
 from nbkit.neurons._replay import graph_bytes
-from nbkit.neurons._sites import Site, batches, observe, overwriting, rows_target
+from nbkit.neurons._sites import Site, observe, overwriting
 
 
 @dataclass
@@ -59,7 +60,7 @@ def make_group(
     labels = forward.resolve_target(output, target)
 
     def score(output: Any, index: Tensor) -> Tensor:
-        wanted = rows_target(labels, index)
+        wanted = target_of(labels, index)
         if callable(wanted):
             return forward.scores(output, wanted)
         return forward.scores(forward.first_tensor(output).softmax(-1), wanted)

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from nbkit import forward
+from nbkit._rows import explained
 from nbkit.hooks._select import neuron_index
 from nbkit.neurons._basic import _one
 from nbkit.neurons._replay import graph_bytes, reach
-from nbkit.neurons._sites import Site, check, floating_input, observe
+from nbkit.neurons._sites import Site, check, observe
 
 
 class _Linear(NamedTuple):
@@ -26,7 +27,7 @@ class _Linear(NamedTuple):
 
 def input_gradients(
     model: nn.Module, inputs: forward.Inputs, layer: str, neurons: Any = None, *, position: Any = 0,
-    max_bytes: int = 2**28, progress: bool = False,
+    max_bytes: int = 2**28, wrt: str | None = None, progress: bool = False,
 ) -> Tensor:  # fmt: skip
     """The gradient of every neuron of a layer with respect to the input.
 
@@ -40,10 +41,10 @@ def input_gradients(
         position: the token (default: the first, the class token) or the place ``(row, column)`` in a map that is
             differentiated; None is the sum over all positions. ``[N, F]`` layers have none and ignore 0.
         max_bytes: about how much autograd may keep at once; the result itself is not counted.
+        wrt: the tensor of a dict of inputs that is differentiated; ``None``: its only floating one.
         progress: show a bar.
 
-    Returns: ``[N, K, *inputs.shape[1:]]``, on the CPU. A dict of inputs must hold one floating-point tensor, and that
-    one is differentiated.
+    Returns: ``[N, K, *inputs.shape[1:]]`` (of ``inputs[wrt]`` for a dict), on the CPU.
 
     Raises: LayerNotFound, LayerDidNotRun; IndexError (neuron or position out of range); ValueError (a map without a
     place; a layer that does not depend on the input); TypeError; NotFinite.
@@ -53,7 +54,7 @@ def input_gradients(
     n = check(model, inputs)
     if max_bytes <= 0:
         raise ValueError(f"max_bytes must be positive, not {max_bytes}")
-    x, _ = floating_input(inputs)
+    x, _ = explained(inputs, wrt)
     _, (where,), (rows,), _ = observe(model, inputs, _one(layer), position)
     index = neuron_index(neurons, rows.shape[-1], rows.device)
     index = torch.arange(rows.shape[-1], device=rows.device) if index is None else index
@@ -64,10 +65,10 @@ def input_gradients(
             one = forward.take(inputs, slice(i, i + 1))
             linear = _as_linear(model, one, where, index) if rows.shape[1] == 1 else None
             if linear is None:
-                found = _jacobian(model, one, where, "output", index, max_bytes)
+                found = _jacobian(model, one, where, "output", index, max_bytes, wrt)
             else:
                 h = torch.arange(linear.weight.shape[1], device=index.device)
-                found = _jacobian(model, one, linear.h, "input", h, max_bytes)
+                found = _jacobian(model, one, linear.h, "input", h, max_bytes, wrt)
                 found = (linear.slope[:, None] * linear.weight) @ found
             out[i] = found.view(-1, *shape)
             bar.update(len(index))
@@ -75,10 +76,10 @@ def input_gradients(
 
 
 def _jacobian(
-    model: nn.Module, one: forward.Inputs, where: Site, at: str, wanted: Tensor, max_bytes: int
+    model: nn.Module, one: forward.Inputs, where: Site, at: str, wanted: Tensor, max_bytes: int, wrt: str | None
 ) -> Tensor:  # fmt: skip
     """Gradients ``[D, numel]`` of the numbers ``wanted`` of a site (summed over its positions) for one input."""
-    x, rebuild = floating_input(one)
+    x, rebuild = explained(one, wrt)
 
     def values(copies: Tensor) -> Tensor:
         index = torch.zeros(len(copies), dtype=torch.long, device=x.device)

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from nbkit import forward, hooks
+from nbkit._rows import batches, target_of
 from nbkit.errors import NotFinite
 from nbkit.neurons._group import Group, make_group, sizes
 from nbkit.neurons._passes import Passes, Recompute, Resume, UnclearLayout
-from nbkit.neurons._sites import batches, check, take_target
+from nbkit.neurons._sites import check
 
 MAX_BYTES = 2**29
 
@@ -85,12 +86,12 @@ def joint_attribution(
 
     >>> joint_attribution(vit, images, found.path, labels, layers=found.layers)
     """
-    names, n = _checked(model, inputs, layers, steps, max_bytes)
+    names, n = _checked(model, inputs, target, layers, steps, max_bytes)
     path = _checked_path(path, n, len(names))
     kept = []
     size, pieces = sizes(model, inputs, names, steps, max_bytes)
     for chosen in batches(n, size):
-        part, labels = forward.take(inputs, chosen), take_target(target, chosen, n)
+        part, labels = forward.take(inputs, chosen), target_of(target, chosen)
         group = make_group(model, part, labels, names, steps, positions, pieces)
         units = path[chosen].to(group.clean[0].device)
         _check_units(group, units)
@@ -131,7 +132,7 @@ def neuron_path(
 
     >>> neuron_path(vit, images, labels, "blocks.*.mlp.act").path                                       # [N, L]
     """
-    names, n = _checked(model, inputs, layers, steps, max_bytes)
+    names, n = _checked(model, inputs, target, layers, steps, max_bytes)
     if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
         raise ValueError(f"top_k must be an int of at least 1, not {top_k!r}")
     kind: type[Passes] = Resume if reuse else Recompute
@@ -141,7 +142,7 @@ def neuron_path(
     with tqdm(total=n * len(names), desc="neuron path", disable=not progress) as bar:
         while waiting:
             chosen = waiting.pop(0)
-            part, labels = forward.take(inputs, chosen), take_target(target, chosen, n)
+            part, labels = forward.take(inputs, chosen), target_of(target, chosen)
             group = make_group(model, part, labels, names, steps, positions, pieces)
             _check_search(group, names, top_k)
             try:
@@ -209,8 +210,8 @@ def _joint(model: nn.Module, group: Group, path: Tensor, passes: list[Passes] | 
     return total / group.steps * slope
 
 
-def _checked(model, inputs, layers, steps, max_bytes) -> tuple[list[str], int]:
-    n = check(model, inputs)
+def _checked(model, inputs, target, layers, steps, max_bytes) -> tuple[list[str], int]:
+    n = check(model, inputs, target)
     names = hooks.resolve(model, layers)
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 2:
         raise ValueError(f"steps must be an int of at least 2, not {steps!r}: the first step is at 0")

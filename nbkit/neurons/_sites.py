@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nbkit import forward, hooks
+from nbkit._rows import check_target
 from nbkit.hooks._attach import attach
 from nbkit.hooks._select import position_index
 
@@ -120,47 +121,10 @@ def reduced(rows: Tensor, how: str | None) -> Tensor:
     return REDUCTIONS[how](rows)
 
 
-def batches(n: int, size: int | None) -> list[slice]:
-    """``n`` examples as slices of at most ``size``. Raises ValueError for a size below 1."""
-    if size is not None and (isinstance(size, bool) or size < 1):
-        raise ValueError(f"batch must be at least 1, not {size}")
-    return [slice(start, min(start + (size or n), n)) for start in range(0, n, size or n)]
-
-
-def take_target(target: forward.Target, chosen: slice, n: int) -> forward.Target:
-    """The targets of the examples ``chosen``; ints and callables are the same for all.
-
-    Raises: ValueError where a tensor of targets does not hold one for each of the ``n`` inputs.
-    """
-    if not isinstance(target, Tensor) or target.ndim == 0:
-        return target
-    if target.shape != (n,):
-        raise ValueError(f"target has shape {tuple(target.shape)}; for {n} inputs it must be an int or [{n}]")
-    return target[chosen]
-
-
-def rows_target(target: forward.Target, index: Tensor) -> forward.Target:
-    """A resolved target for rows that repeat examples: row ``r`` is a copy of example ``index[r]``."""
-    return target[index.to(target.device)] if isinstance(target, Tensor) else target
-
-
-def floating_input(inputs: forward.Inputs) -> tuple[Tensor, Callable[[Tensor, Any], forward.Inputs]]:
-    """The one floating-point tensor gradients are taken for, and ``rebuild(new, index)`` -> inputs with it replaced.
-
-    ``index`` picks the examples of whatever else a dict holds. Raises TypeError (none, or more than one).
-    """
-    if not isinstance(inputs, Mapping):
-        if not inputs.is_floating_point():
-            raise TypeError(f"gradients need a floating-point input, not {inputs.dtype}")
-        return inputs, lambda new, index: new
-    keys = [k for k, v in inputs.items() if isinstance(v, Tensor) and v.is_floating_point()]
-    if len(keys) != 1:
-        raise TypeError(f"gradients need exactly one floating-point tensor in the inputs; there are {len(keys)} {keys}")
-    return inputs[keys[0]], lambda new, index: {**forward.take(inputs, index), keys[0]: new}
-
-
-def check(model: nn.Module, inputs: forward.Inputs) -> int:
-    """Check inputs and device; the number of examples."""
+def check(model: nn.Module, inputs: forward.Inputs, target: forward.Target = None) -> int:
+    """Check inputs, device and a tensor of targets; the number of examples."""
     forward.check_inputs(inputs)
     forward.check_device(model, inputs)
-    return forward.batch_size(inputs)
+    n = forward.batch_size(inputs)
+    check_target(target, n)
+    return n

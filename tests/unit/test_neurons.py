@@ -330,8 +330,12 @@ def test_input_gradients_of_one_tensor_of_a_dict(device):
     found = neurons.input_gradients(model, {"x": x, "keep": keep}, "body.act")
     assert found.shape == (2, 10, 5, 4)
     assert (found.abs().sum((1, 3)) == 0).tolist() == (keep == 0).tolist()
-    with pytest.raises(TypeError, match="exactly one"):
-        neurons.input_gradients(model, {"x": x, "keep": keep.float()}, "body.act")
+    two = {"x": x, "keep": keep.float()}
+    with pytest.raises(ValueError, match="say which with wrt="):
+        neurons.input_gradients(model, two, "body.act")
+    assert torch.equal(neurons.input_gradients(model, two, "body.act", wrt="x"), found)
+    both = neurons.conductance(model, two, 0, layer="body.act", wrt="x", steps=4)
+    torch.testing.assert_close(both, neurons.conductance(model, {"x": x, "keep": keep}, 0, layer="body.act", steps=4))
 
 
 # --- state and errors
@@ -401,7 +405,7 @@ def test_bad_input(device, name):
         with pytest.raises(ValueError, match="3 inputs"):
             call(model, x, target=torch.tensor([0, 1]))
     if name != "input_gradients":
-        with pytest.raises(ValueError, match="batch must be at least 1"):
+        with pytest.raises(ValueError, match="batch must be an int of at least 1"):
             call(model, x, batch=0)
 
 
@@ -429,5 +433,5 @@ def test_bad_options(device):
         neurons.input_gradients(model, x, "act", max_bytes=0)
     with pytest.raises(ValueError, match=r"\(row, column\)"):
         neurons.input_gradients(*conv(device), "0")
-    with pytest.raises(TypeError, match="floating-point"):
+    with pytest.raises(TypeError, match="must be floating"):
         neurons.input_gradients(nn.Sequential(nn.Embedding(4, 3)), torch.tensor([[0, 1]]), "0")

@@ -74,6 +74,13 @@ def test_a_known_entry_reads_as_its_title_page_does():
     assert "2503.09046" in paper._repr_html_()
 
 
+def test_what_is_not_known_is_none_in_the_table_and_so_false():
+    table = papers.catalogue().set_index("slug")
+    unknown = [(s, c) for s in table.index for c in ("arxiv", "venue") if getattr(papers.get(s), c) is None]
+    assert unknown
+    assert all(table.loc[slug, column] is None for slug, column in unknown)
+
+
 def test_a_notebook_counts_as_written_when_it_is_on_disk(shelf):
     assert set(papers.catalogue()["notebook"]) == {"planned"}
     path = shelf("grad-cam", "x = 1")
