@@ -34,9 +34,10 @@ def trained(file: str) -> str | None:
         return None
     data = (DATA / file).read_bytes()
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    facts = {k: json.loads(v) for k, v in header.get("__metadata__", {}).items()}
-    if facts.get("recipe") != "data/recipes/train_checkpoints.py":
+    stored = header.get("__metadata__", {})
+    if stored.get("recipe") != '"data/recipes/train_checkpoints.py"':
         return None
+    facts = {k: json.loads(v) for k, v in stored.items()}
     how = f"{facts['steps']:,} steps of {facts['settings']['batch']}, AdamW, lr {facts['settings']['lr']:g}"
     right = f"{facts['test_accuracy']:.2%} of {facts['test_examples']:,}"
     if facts["dataset"] == "fashion-mnist":

@@ -160,6 +160,20 @@ def lenet_300_100(
     return nn.Sequential(layers)
 
 
+def lenet_conv(*, channels: int = 1, classes: int = 10) -> nn.Sequential:
+    """Two 5x5 convolutions of stride 2 (8 and 16 maps), then 64 units, for images of 28 x 28; 54,216 weights.
+
+    Members: ``conv1, relu1, conv2, relu2, flatten, fc1, relu3, fc2``.
+    """
+    return nn.Sequential(
+        OrderedDict(
+            conv1=nn.Conv2d(channels, 8, 5, stride=2, padding=2), relu1=nn.ReLU(),
+            conv2=nn.Conv2d(8, 16, 5, stride=2, padding=2), relu2=nn.ReLU(), flatten=nn.Flatten(),
+            fc1=nn.Linear(784, 64), relu3=nn.ReLU(), fc2=nn.Linear(64, classes),
+        )
+    )  # fmt: skip
+
+
 def _head(channels: int, classes: int) -> dict[str, nn.Module]:
     return {"gap": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten(), "head": nn.Linear(channels, classes)}
 
@@ -179,6 +193,7 @@ ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
     "vgg-small": vgg_small,
     "mobilenet-small": mobilenet_small,
     "lenet-300-100": lenet_300_100,
+    "lenet-conv": lenet_conv,
 }
 
 

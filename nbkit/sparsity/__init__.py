@@ -20,12 +20,13 @@ from nbkit.sparsity._allocate import magnitude_mask, mask_from_densities, mask_f
 from nbkit.sparsity._criteria import lamp, magnitude, random, relevance, snip, taylor
 from nbkit.sparsity._flops import flops, sparsity_report
 from nbkit.sparsity._masks import Masks
+from nbkit.sparsity._nested import mask_of_round, rounds_survived
 from nbkit.sparsity._schedule import erk, schedule, uniform
 from nbkit.sparsity._structured import structured
 from nbkit.sparsity._weights import prunable
 
 __all__ = [
     "Masks", "erk", "flops", "lamp", "magnitude", "magnitude_mask", "mask_from_densities", "mask_from_scores",
-    "prunable", "prune_surviving", "random", "relevance", "schedule", "snip", "sparsity_report", "structured",
-    "taylor", "uniform",
+    "mask_of_round", "prunable", "prune_surviving", "random", "relevance", "rounds_survived", "schedule", "snip",
+    "sparsity_report", "structured", "taylor", "uniform",
 ]  # fmt: skip

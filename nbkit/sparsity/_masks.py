@@ -90,6 +90,12 @@ class Masks(Mapping):
         """The same masks on another device. Masks are made on the CPU; every method works from any device."""
         return Masks({name: mask.to(device) for name, mask in self.items()})
 
+    def shuffled(self, seed: int) -> Masks:
+        """As many weights in every layer, but which ones drawn at random: the control for a choice of weights."""
+        chance = torch.Generator().manual_seed(seed)
+        order = {name: torch.randperm(mask.numel(), generator=chance).to(mask.device) for name, mask in self.items()}
+        return Masks({name: mask.flatten()[order[name]].view_as(mask) for name, mask in self.items()})
+
     def report(self):
         """A DataFrame with a row a parameter: ``shape``, ``weights``, ``kept``, ``density`` (kept / weights)."""
         import pandas as pd

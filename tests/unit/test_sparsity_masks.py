@@ -294,3 +294,43 @@ def test_the_report_counts_zeros_and_what_they_save():
     assert "macs" not in S.sparsity_report(model)
     assert not model.conv._forward_hooks and model.training, "the model is as it was"
     assert np.isclose(report.loc["total", "density"], 0.5)
+
+
+# --- masks that shrink, and masks of the same size
+
+
+def shrinking(device, rounds=4):
+    net = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3)).to(device)
+    masks = [S.Masks({name: torch.ones(w.shape, dtype=torch.bool) for name, w in S.prunable(net).items()})]
+    for _ in range(rounds):
+        masks.append(S.prune_surviving(masks[-1], S.magnitude(net), 0.3))
+    return masks
+
+
+def test_nested_masks_come_back_from_one_integer_a_weight(device):
+    masks = shrinking(device)
+    survived = S.rounds_survived(masks)
+    assert {t.dtype for t in survived.values()} == {torch.uint8}
+    assert [S.mask_of_round(survived, r) for r in range(5)] == masks
+
+
+def test_masks_that_are_not_nested_have_no_such_count(device):
+    dense, first, second, *_ = shrinking(device)
+    with pytest.raises(ValueError, match="mask 2 keeps a weight that mask 1 had dropped"):
+        S.rounds_survived([dense, second, first])
+    with pytest.raises(ValueError, match="first mask must keep everything"):
+        S.rounds_survived([first, second])
+    with pytest.raises(ValueError, match="there are 1"):
+        S.rounds_survived([dense])
+    for r in (-1, 3):
+        with pytest.raises(IndexError, match="rounds 0 to 2"):
+            S.mask_of_round(S.rounds_survived([dense, first, second]), r)
+
+
+def test_a_shuffled_mask_keeps_as_many_weights_of_every_layer_and_others(device):
+    mask = shrinking(device)[-1]
+    one, again, two = (mask.shuffled(seed) for seed in (0, 0, 1))
+    assert one == again and one != two and one != mask
+    assert one.kept() == two.kept() == mask.kept()
+    places = torch.stack([mask.shuffled(seed)["0.weight"].float() for seed in range(400)]).mean(0)
+    assert (places - mask["0.weight"].float().mean()).abs().max() < 0.12  # 5 standard deviations of a mean of 400
