@@ -53,8 +53,8 @@ def seed_everything(seed: int = 0):
 def deterministic(seed: int = 0, threads: int = 1):
     """Make a notebook give the same numbers twice: seeds, deterministic kernels, a fixed number of threads.
 
-    More threads split sums differently, so the last digits of a float32 result depend on their number. Returns the
-    generator of :func:`seed_everything`.
+    More threads split sums differently, so the last digits of a float32 result depend on their number. Freed memory
+    stays with the process (:func:`keep_freed_memory`). Returns the generator of :func:`seed_everything`.
 
     Raises: ValueError for fewer than one thread.
     """
@@ -66,7 +66,28 @@ def deterministic(seed: int = 0, threads: int = 1):
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
+    keep_freed_memory()
     return seed_everything(seed)
+
+
+def keep_freed_memory(most: int = 2**29) -> bool:
+    """Let the process keep up to ``most`` bytes of freed memory for its next tensors; whether that could be set.
+
+    glibc hands freed tensors of some size back to the system, and taking them again costs a page fault every 4 kB:
+    recording the activations of a forward then takes longer for the memory than for the copying. Only Linux with
+    glibc has the setting. :func:`deterministic` calls this.
+
+    >>> keep_freed_memory()
+    True
+    """
+    import ctypes
+    import sys
+
+    if sys.platform != "linux":
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+    trim_threshold, mmap_threshold, largest = -1, -3, 2**25  # names and limit of glibc's malloc.h
+    return mallopt is not None and bool(mallopt(trim_threshold, most)) and bool(mallopt(mmap_threshold, largest))
 
 
 def _call_on_threads(fn: Callable[[T], R], threads: int, boxed: tuple[T]) -> R:

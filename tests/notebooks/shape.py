@@ -23,7 +23,8 @@ SECTIONS = {
     "Sources": "source",
 }
 WORDS = (630, 2200)  # 700 to 2,000, and a tenth either way
-LINES = (72, 245)  # 80 to 220, likewise
+LINES = (72, 310)  # of LONGEST_LINE at most; a reader of a notebook cannot scroll sideways and follow
+LONGEST_LINE = 130
 LONGEST_CELL = 40
 MOST_KB = 450
 _DRAWS = {"explore", "show", "subplots", "subplot_mosaic", "figure"}
@@ -119,8 +120,13 @@ def small(book: Book) -> list[str]:
 
 
 def short_cells(book: Book) -> list[str]:
-    lengths = [(number, code_lines(source)) for number, _, source in book.numbered("code")]
-    return [f"cell {number}: {n} lines of code, over {LONGEST_CELL}" for number, n in lengths if n > LONGEST_CELL]
+    """No cell longer than a screen, no line wider than one."""
+    found = []
+    for number, _, source in book.numbered("code"):
+        lines, widest = code_lines(source), max(map(len, source.splitlines()), default=0)
+        found += [f"cell {number}: {lines} lines of code, over {LONGEST_CELL}"] if lines > LONGEST_CELL else []
+        found += [f"cell {number}: a line of {widest} characters, over {LONGEST_LINE}"] if widest > LONGEST_LINE else []
+    return found
 
 
 def deterministic(book: Book) -> list[str]:

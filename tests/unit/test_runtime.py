@@ -54,6 +54,25 @@ def test_threads_must_be_positive():
         runtime.deterministic(threads=0)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="a setting of glibc")
+def test_freed_memory_stays_and_is_given_back_on_request():
+    code = """
+import ctypes, psutil, torch
+from nbkit import runtime
+assert runtime.keep_freed_memory()
+rss = lambda: psutil.Process().memory_info().rss / 2**20
+parts = [torch.ones(2**20) for _ in range(40)]                     # 40 tensors of 4 MB
+full = rss()
+del parts
+kept = rss()
+ctypes.CDLL(None).malloc_trim(0)
+print(int(full - kept), int(kept - rss()))
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    released, given_back = map(int, out.split())
+    assert released < 20 and given_back > 140
+
+
 def test_importing_nbkit_imports_neither_torch_nor_pyplot_nor_shap():
     code = "import nbkit, sys; print([m for m in ('torch', 'matplotlib.pyplot', 'shap', 'pandas') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
