@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import symtable
 import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -164,6 +165,46 @@ def selfchecked(book: Book) -> list[str]:
     return [] if re.search(r"selfcheck: \d+ explorer", printed(checks[-1])) else ["selfcheck's stored line is missing"]
 
 
+def steady(book: Book) -> list[str]:
+    """No cell further down rebinds what an explorer draws from: its controls are turned after the last cell, too."""
+    reads, found = {}, []
+    drawn_in: dict[str, int] = {}  # a render function -> the cell of its explorer
+    for number, _, source in book.numbered("code"):
+        assigned, functions = _top_level(source)
+        for render, cell in drawn_in.items():
+            for name in sorted(assigned & _reached(render, reads)):
+                found.append(f"cell {number}: binds {name!r} anew, which the explorer of cell {cell} reads")
+        reads |= functions
+        for call in _calls(source, run_now=True):
+            if _name(call) == "explore" and call.args and isinstance(call.args[0], ast.Name):
+                drawn_in[call.args[0].id] = number
+    return found
+
+
+def _top_level(source: str) -> tuple[set[str], dict[str, set[str]]]:
+    """The names that a cell assigns itself, and the globals that each function it defines reads."""
+    plain = "\n".join(line for line in source.splitlines() if not line.lstrip().startswith(("%", "!")))
+    table = symtable.symtable(plain, "cell", "exec")
+    assigned = {s.get_name() for s in table.get_symbols() if s.is_assigned() and not s.is_imported()}
+    functions = {child.get_name(): _globals(child) for child in table.get_children() if child.get_type() == "function"}
+    return assigned - set(functions), functions
+
+
+def _globals(table: symtable.SymbolTable) -> set[str]:
+    own = {s.get_name() for s in table.get_symbols() if s.is_global() and not s.is_assigned()}
+    return own.union(*(_globals(child) for child in table.get_children()))
+
+
+def _reached(function: str, reads: dict[str, set[str]]) -> set[str]:
+    """The globals a function reads, and those read by the functions among them."""
+    seen, todo = set(), [function]
+    while todo:
+        for name in reads.get(todo.pop(), set()) - seen:
+            seen.add(name)
+            todo.append(name)
+    return seen
+
+
 def untimed(book: Book) -> list[str]:
     """Figures that differ from run to run are never compared."""
     return [
@@ -256,7 +297,7 @@ def solutions(book: Book) -> list[str]:
 
 
 EVERY: list[Callable[[Book], list[str]]] = [
-    normal_form, small, short_cells, deterministic, titled, drawn, selfchecked, untimed,
+    normal_form, small, short_cells, deterministic, titled, drawn, selfchecked, steady, untimed,
 ]  # fmt: skip
 PAPER: list[Callable[[Book], list[str]]] = [
     *EVERY, sections, title_cell, method_cells, explorer, claim, illustrated, length, known_answer, own_model,

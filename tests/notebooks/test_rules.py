@@ -29,7 +29,7 @@ def good():
     filler = "\n".join(f"a{i} = {i}" for i in range(30))
     code = {
         "The question": new_code_cell("fig, ax = plt.subplots()\n" + filler, outputs=[picture()]),
-        "The method": new_code_cell("import torch\n\ndef f(x):\n    plt.subplots()", metadata={"tags": ["method"]}),
+        "The method": new_code_cell("import torch\n\ndef f(x):\n    g(torch)", metadata={"tags": ["method"]}),
         "A case with a known answer": new_code_cell("assert f(1) == 1\n" + filler),
         "On real data": new_code_cell("plt.show()", outputs=[picture()]),
         "Explore": new_code_cell("widgets.explore(f, a=(0, 1), b=[1, 2], dpi=90)", outputs=[picture()]),
@@ -93,6 +93,14 @@ DEFECTS = {
     "titled": [change("# Discovering", "Discovering")],
     "drawn": [empty_outputs("plt.show()"), empty_outputs("widgets.explore")],
     "selfchecked": [change("# NBVAL_CHECK_OUTPUT", ""), empty_outputs("widgets.selfcheck()")],
+    "steady": [
+        add(new_code_cell("torch = None")),
+        lambda book: [
+            find(book, "widgets.explore").update(source="def draw(fig, a):\n    helper(a)\n\nwidgets.explore(draw, a=1)"),
+            find(book, "import torch").update(source="import torch\n\ndef helper(a):\n    return fig"),
+            book.cells.append(new_code_cell("fig = 1")),
+        ],
+    ],
     "untimed": [change("widgets.selfcheck()", "time.perf_counter()\nwidgets.selfcheck()")],
     "sections": [swap_sections, change("## Sources", "## Further reading"), change("## Explore", "### Explore")],
     "title_cell": [change("2503.09046", ""), change("Run time: 12 s", ""), change("Neuron Path", "Neurons")],
