@@ -96,7 +96,7 @@ DEFECTS = {
     "steady": [
         add(new_code_cell("torch = None")),
         lambda book: [
-            find(book, "widgets.explore").update(source="def draw(fig, a):\n    helper(a)\n\nwidgets.explore(draw, a=1)"),
+            find(book, "widgets.explore").update(source="def draw(a):\n    helper(a)\n\nwidgets.explore(draw, a=1)"),
             find(book, "import torch").update(source="import torch\n\ndef helper(a):\n    return fig"),
             book.cells.append(new_code_cell("fig = 1")),
         ],
