@@ -25,6 +25,6 @@ from __future__ import annotations
 
 from nbkit.widgets._explorer import Explorer, explore
 from nbkit.widgets._pickers import LayerPicker, NeuronPicker, SparsitySlider
-from nbkit.widgets._selfcheck import selfcheck, timings
+from nbkit.widgets._selfcheck import selfcheck
 
-__all__ = ["Explorer", "LayerPicker", "NeuronPicker", "SparsitySlider", "explore", "selfcheck", "timings"]
+__all__ = ["Explorer", "LayerPicker", "NeuronPicker", "SparsitySlider", "explore", "selfcheck"]

@@ -31,11 +31,6 @@ def selfcheck(*, most: int = 8) -> None:
     )
 
 
-def timings() -> list[float]:
-    """Seconds each frame of every explorer took, from its values to PNG bytes; frames shown again are not counted."""
-    return [seconds for explorer in alive for seconds in explorer.timings]
-
-
 def _check(explorer: Explorer, most: int) -> list[str]:
     before = {name: _controls.state(widget) for name, widget in explorer.controls.items()}
     # keyed by message: the same failure at many values is one problem

@@ -1,56 +1,269 @@
-"""The rows of ``make bench`` beside other libraries: the same computation by the kit and by a reference."""
+"""The rows of ``make bench`` beside other libraries: the same computation by the kit and by what else one would use."""
 
 from __future__ import annotations
 
+import functools
+
 from tests.benchmarks.rows import Row, row
 
+VIT_LAYERS = [f"encoder.layer.{i}.mlp.activation_fn" for i in range(12)]
+OCCLUDED_AT_ONCE = 8
 
-def _small_net(width: int = 32):
+
+@functools.cache
+def efficientnet():
+    """EfficientNet-Lite0 and one real photo, ``[1, 3, 224, 224]``."""
+    from nbkit import datasets, models
+
+    photo = datasets.load("photos")["chelsea"]
+    return models.load("efficientnet-lite0"), models.transform("efficientnet-lite0")([photo])
+
+
+@functools.cache
+def vit():
+    """The DINOv2-based ViT-S/14 (12 blocks, 1,536 hidden units each) and 8 pictures ``[8, 3, 112, 112]``."""
+    from nbkit import datasets, models
+
+    pictures = datasets.load("fashion-mnist").x_test[:8]
+    return models.load("dinov2-small"), models.transform("dinov2-small", size=112, resize=112)(pictures)
+
+
+@functools.cache
+def classifying_vit():
+    """The same backbone with a linear head on its class token, fitted for Fashion-MNIST."""
     import torch
     from torch import nn
 
-    torch.manual_seed(0)
-    net = nn.Sequential(
-        nn.Conv2d(3, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10),
-    )  # fmt: skip
-    return net.eval(), torch.randn(16, 3, 32, 32)
+    from nbkit import datasets
+
+    class ClassToken(nn.Module):
+        def forward(self, output):
+            return output.last_hidden_state[:, 0]
+
+    head, fitted = nn.Linear(384, 10), datasets.tensors("neuron-path-dinov2-probe")
+    head.load_state_dict({name: fitted[name] for name in ("weight", "bias")})
+    backbone, pictures = vit()
+    with torch.no_grad():
+        return nn.Sequential(backbone, ClassToken(), head).eval(), pictures
 
 
-@row("integrated gradients, 16 images, 32 steps", "captum")
+@row("integrated gradients, EfficientNet-Lite0, 50 steps, 10 rows a batch", "captum", target=1.0)
 def _():
     from captum.attr import IntegratedGradients
 
     from nbkit import attribution
 
-    net, images = _small_net()
+    net, photo = efficientnet()
     reference = IntegratedGradients(net)
     return Row(
-        ours=lambda: attribution.integrated_gradients(net, images, 3, steps=32),
-        theirs=lambda: reference.attribute(images, target=3, n_steps=32).detach(),
+        ours=lambda: attribution.integrated_gradients(net, photo, 281, steps=50, batch=10),
+        theirs=lambda: reference.attribute(photo, target=281, n_steps=50, internal_batch_size=10).detach().float(),
+        repeats=2,
     )
 
 
-@row("global magnitude pruning, 40 k weights", "torch.nn.utils.prune")
+@row("Grad-CAM, EfficientNet-Lite0, last convolution, 1 photo", "captum", target=1.0)
 def _():
-    import copy
+    from captum.attr import LayerGradCam
 
+    from nbkit import attribution, hooks
+
+    net, photo = efficientnet()
+    reference = LayerGradCam(net, hooks.get_layer(net, "_conv_head"))
+    return Row(
+        ours=lambda: attribution.grad_cam(net, photo, 281, layer="_conv_head", relu=False),
+        theirs=lambda: reference.attribute(photo, target=281).detach()[:, 0],
+        value=lambda maps: maps.reshape(maps.shape[0], *maps.shape[-2:]),
+        repeats=15,
+    )
+
+
+def _occlusion(at_once: int) -> Row:
+    from captum.attr import Occlusion
+
+    from nbkit import attribution
+
+    net, photo = efficientnet()
+    reference = Occlusion(net)
+    windows = {"sliding_window_shapes": (3, 32, 32), "strides": (3, 32, 32)}
+    return Row(
+        ours=lambda: attribution.occlusion(net, photo, 281, window=32, batch=OCCLUDED_AT_ONCE),
+        theirs=lambda: reference.attribute(photo, target=281, perturbations_per_eval=at_once, **windows).detach(),
+        repeats=2,
+    )
+
+
+@row(f"occlusion, EfficientNet-Lite0, 49 windows of 32, {OCCLUDED_AT_ONCE} at once", "captum", target=1.0)
+def _():
+    return _occlusion(OCCLUDED_AT_ONCE)
+
+
+@row("occlusion, the same, captum at its best of 1, 4, 8, 16 at once", "captum", target=0.7)
+def _():
+    from tests.benchmarks.rows import seconds
+
+    tried = {at_once: _occlusion(at_once) for at_once in (1, 4, 8, 16)}
+    return tried[min(tried, key=lambda at_once: seconds(tried[at_once].theirs))]
+
+
+@row("input gradients of 1,536 hidden units, ViT-S, 1 picture of 112", "captum, 1 unit in 16 (times 16)", target=0.1)
+def _():
     import torch
+    from captum.attr import NeuronGradient
+
+    from nbkit import hooks, neurons
+
+    net, pictures = vit()
+    layer = VIT_LAYERS[4]
+    reference = NeuronGradient(net, hooks.get_layer(net, layer))
+    units = range(0, 1536, 16)
+    return Row(
+        ours=lambda: neurons.input_gradients(net, pictures[:1], layer)[0],
+        theirs=lambda: torch.cat([reference.attribute(pictures[:1], neuron_selector=(0, j)) for j in units]),
+        same_part=lambda gradients: gradients[::16],
+        part=16,
+        repeats=2,
+    )
+
+
+@row("neuron path, ViT-S, 12 layers, 20 steps, 1 picture of 112", "every step recomputed", target=1 / 1.5)
+def _():
+    import torch
+
+    from nbkit import neurons
+
+    net, pictures = classifying_vit()
+    layers = [f"0.{name}" for name in VIT_LAYERS]
+    find = functools.partial(neurons.neuron_path, net, pictures[:1], 8, layers, steps=20)
+    return Row(
+        ours=lambda: find(),
+        theirs=lambda: find(reuse=False),
+        # a unit's number is compared as it stands: another unit is another path
+        value=lambda found: torch.cat([found.path.flatten().double(), found.joint.double()]),
+        repeats=2,
+    )
+
+
+@row("record 12 MLP layers, ViT-S, 8 pictures of 112", "the plain forward", target=1.05)
+def _():
+    import torch
+
+    from nbkit import hooks
+
+    net, pictures = vit()
+
+    def recorded():
+        with torch.no_grad(), hooks.record(net, VIT_LAYERS):
+            return net(pictures).last_hidden_state
+
+    def plain():
+        with torch.no_grad():
+            return net(pictures).last_hidden_state
+
+    return Row(ours=recorded, theirs=plain, repeats=15)
+
+
+def _permutation(net, x, y, n_repeats: int) -> Row:
+    import numpy as np
+    import torch
+    from sklearn.base import BaseEstimator, ClassifierMixin
+    from sklearn.inspection import permutation_importance
+
+    from nbkit import importance
+
+    class Wrapped(ClassifierMixin, BaseEstimator):
+        classes_ = np.arange(10)
+
+        def fit(self, X, y):
+            return self
+
+        def predict(self, X):
+            with torch.no_grad():
+                return net(torch.from_numpy(np.ascontiguousarray(X))).argmax(1).numpy()
+
+    table, labels = x.numpy(), y.numpy()
+    return Row(
+        ours=lambda: importance.permutation(net, x, y, scoring="accuracy", n_repeats=n_repeats, seed=0).values,
+        theirs=lambda: permutation_importance(
+            Wrapped(), table, labels, scoring="accuracy", n_repeats=n_repeats, random_state=0
+        ).importances,
+        repeats=2,
+    )
+
+
+@row("permutation importance, MLP 64-100-100-10, 1,797 rows, 5 repeats", "scikit-learn", target=1 / 3)
+def _():
+    import torch
+
+    from nbkit import datasets, models, training
+
+    digits = datasets.load("digits")
+    net = models.build("lenet-300-100", seed=0, inputs=64, hidden=(100, 100))
+    x = torch.cat([digits.x_train, digits.x_test]).flatten(1)
+    y = torch.cat([digits.y_train, digits.y_test])
+    training.fit(net, (x, y), steps=300, seed=0)
+    return _permutation(net.eval(), x, y, 5)
+
+
+@row("permutation importance, LeNet-300-100 on MNIST, 1,000 rows, 1 repeat", "scikit-learn", target=1 / 3)
+def _():
+    from nbkit import datasets, models, training
+
+    mnist = datasets.load("mnist")
+    net = models.build("lenet-300-100", seed=0)
+    training.fit(net, (mnist.x_train, mnist.y_train), steps=200, seed=0)
+    return _permutation(net.eval(), mnist.x_test[:1000].flatten(1), mnist.y_test[:1000], 1)
+
+
+@row("global magnitude mask, 21 M weights", "torch.nn.utils.prune", target=1.0, memory_target=1.0)
+def _():
+    import torch
+    from torch import nn
     from torch.nn.utils import prune
 
     from nbkit import sparsity
 
-    net, _ = _small_net(64)
-    names = ["0", "2", "6"]
+    torch.manual_seed(0)
+    net = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(20)))
+
+    def sharing(layer: nn.Linear) -> nn.Linear:
+        """A module with the same weight, for torch's pruning to rearrange."""
+        shell = nn.Linear(1, 1, bias=False)
+        shell.weight = layer.weight
+        return shell
+
+    def summary(kept):
+        """Number, sum and smallest of the kept magnitudes; which of several equal ones falls is each side's choice."""
+        sizes = torch.cat([layer.weight.detach()[mask.bool()] for layer, mask in zip(net, kept, strict=True)]).abs()
+        return torch.stack([torch.tensor(1.0 * len(sizes)), sizes.double().sum(), sizes.min()]).double()
 
     def theirs():
-        model = copy.deepcopy(net)
-        layers = [(model.get_submodule(name), "weight") for name in names]
-        prune.global_unstructured(layers, pruning_method=prune.L1Unstructured, amount=0.8)
-        return torch.cat([layer.weight_mask.flatten() for layer, _ in layers])
+        layers = [(sharing(layer), "weight") for layer in net]
+        prune.global_unstructured(layers, pruning_method=prune.L1Unstructured, amount=0.9)
+        return [layer.weight_mask for layer, _ in layers]
 
-    def ours():
-        masks = sparsity.magnitude_mask(copy.deepcopy(net), 0.8, scope="global")
-        return torch.cat([masks[f"{name}.weight"].flatten() for name in names]).float()
+    return Row(
+        ours=lambda: list(sparsity.magnitude_mask(net, 0.9).values()),
+        theirs=theirs,
+        value=summary,
+        repeats=2,
+    )
 
-    return Row(ours=ours, theirs=theirs)
+
+@row("Shapley values, random forest of 100 trees, 200 rows of 30 features", "shap.TreeExplainer")
+def _():
+    import shap
+    from sklearn.ensemble import RandomForestClassifier
+
+    from nbkit import datasets, shapley
+
+    table = datasets.load("breast-cancer")
+    forest = RandomForestClassifier(100, random_state=0).fit(table.X[:300], table.y[:300])
+    rows, background = table.X[300:500], table.X[:50]
+    reference = shap.TreeExplainer(forest, background.to_numpy())
+    return Row(
+        ours=lambda: shapley.explain(forest, rows, background=background, method="tree").values,
+        theirs=lambda: reference.shap_values(rows.to_numpy(), check_additivity=False)[..., 1],
+        repeats=2,
+        tolerance=1e-2,  # shap rounds thresholds to float32, which moves a row to another leaf now and then
+    )

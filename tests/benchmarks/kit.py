@@ -9,6 +9,10 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+LIMIT_MS = {False: 150, True: 500}
+"""p95 of an explorer's frame, where no model runs in it and where one does."""
 
 _IMPORT = """
 import sys, time
@@ -16,20 +20,23 @@ start = time.perf_counter()
 import nbkit
 print(time.perf_counter() - start, *[m for m in ("torch", "matplotlib.pyplot", "shap", "pandas") if m in sys.modules])
 """
-_TIMINGS = """
-import json, sys
-_explorers = sys.modules.get("nbkit.widgets")
-print("TIMINGS", json.dumps(list(_explorers.timings()) if _explorers else []))
+_PROBE = f"""
+import json, sys, time
+_began = time.perf_counter()
+sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+from tests.benchmarks.probe import probe
+_found = probe()
+print("PROBED", json.dumps([_found, time.perf_counter() - _began]))
 """
 
 
 @dataclass(frozen=True)
-class NotebookRun:
-    """Seconds of a whole run with its kernel's start, and of every frame its explorers drew."""
+class Explored:
+    """One explorer: seconds of every frame, and whether a model ran for any of them."""
 
     name: str
-    seconds: float
     frames: list[float]
+    model: bool
 
     @property
     def p95(self) -> float | None:
@@ -37,6 +44,23 @@ class NotebookRun:
         if len(self.frames) < 2:
             return None
         return 1000 * statistics.quantiles(self.frames, n=20, method="inclusive")[-1]
+
+    @property
+    def median(self) -> float | None:
+        return 1000 * statistics.median(self.frames) if self.frames else None
+
+    @property
+    def short(self) -> bool:
+        return self.p95 is not None and self.p95 > LIMIT_MS[self.model]
+
+
+@dataclass(frozen=True)
+class NotebookRun:
+    """Seconds of a whole run with its kernel's start, and what its explorers took."""
+
+    name: str
+    seconds: float
+    explorers: list[Explored]
 
 
 def import_time(repeats: int = 7) -> tuple[float, list[str]]:
@@ -49,12 +73,40 @@ def import_time(repeats: int = 7) -> tuple[float, list[str]]:
     return statistics.median(seconds), heavy
 
 
+def yardstick(repeats: int = 25) -> tuple[float, float]:
+    """Median milliseconds, to compare machines and hours: a product of two 1024 x 1024 matrices in torch, and a bare
+    matplotlib figure of two axes with one line each, drawn to pixels."""
+    import torch
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    matrix = torch.ones(1024, 1024)
+
+    def draw() -> None:
+        figure = Figure(figsize=(8, 4))
+        for ax in figure.subplots(1, 2):
+            ax.plot([0, 1])
+        FigureCanvasAgg(figure).draw()
+
+    def median(call) -> float:
+        seconds = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            call()
+            seconds.append(time.perf_counter() - start)
+        return 1000 * statistics.median(seconds)
+
+    return median(lambda: matrix @ matrix), median(draw)
+
+
 def run_notebook(path: Path, root: Path) -> NotebookRun:
-    """Run a notebook as it stands and ask its kernel how long the explorers took."""
+    """Run a notebook as it stands, then turn its explorers in its kernel; the turning is not part of the run time."""
     from nbkit import notebooks
 
     start = time.perf_counter()
-    executed = notebooks.execute(path, append=_TIMINGS)
+    executed: Any = notebooks.execute(path, append=_PROBE)
     seconds = time.perf_counter() - start
-    line = "".join(output.get("text", "") for output in executed.cells[-1].outputs)
-    return NotebookRun(path.relative_to(root).as_posix(), seconds, json.loads(line.split("TIMINGS", 1)[1]))
+    line = "".join(output.get("text", "") for output in executed.cells[-1].outputs if output.get("name") == "stdout")
+    found, probing = json.loads(line.split("PROBED", 1)[1])
+    name = path.relative_to(root).as_posix()
+    return NotebookRun(name, seconds - probing, [Explored(**explorer) for explorer in found])
