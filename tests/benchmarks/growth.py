@@ -170,7 +170,7 @@ def draw(grown: list[Grown], path: Path = PICTURE) -> None:
 
     from nbkit import plots
 
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    figure = Figure(figsize=(11, 5.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     marks = "osD^vP*Xh"
     for i, g in enumerate(grown):
@@ -182,7 +182,7 @@ def draw(grown: list[Grown], path: Path = PICTURE) -> None:
     left.plot([1, 16], [1, 16], color="#999999", linestyle="--", linewidth=1, label="exponent 1")
     left.set(xscale="log", yscale="log", title="Time: fitted exponents", xlabel="size, relative to the smallest",
              ylabel="time, relative to the smallest")
-    left.legend(fontsize=7.5)
+    left.legend(fontsize=7.5, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
     right.set(xscale="log", yscale="log", xlabel="bytes returned or kept, MB", ylabel="peak memory above the start, MB",
               title="Memory: peak beside what is kept (line: equal)")
     low, high = right.get_xlim()
