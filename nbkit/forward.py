@@ -10,7 +10,7 @@ Every method of the kit is a function of (model, inputs, target). What those thr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,6 +35,19 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
         for module, mode in modes:
             if module.training != mode:
                 module.training = mode
+
+
+@contextmanager
+def requiring_grad(parameters: Iterable[Tensor], needed: bool) -> Iterator[None]:
+    """Inside, autograd follows these leaf tensors (``needed``) or leaves them out; afterwards each is as it was."""
+    turned = [p for p in parameters if p.is_leaf and p.requires_grad != needed]
+    try:
+        for parameter in turned:
+            parameter.requires_grad_(needed)
+        yield
+    finally:
+        for parameter in turned:
+            parameter.requires_grad_(not needed)
 
 
 def check_inputs(inputs: Inputs, *, name: str = "inputs") -> Inputs:

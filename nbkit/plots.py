@@ -38,6 +38,7 @@ _STYLE = {
     "font.size": 11,
     "axes.titlesize": 12,
     "axes.titlelocation": "left",
+    "axes.titley": 1.0,  # else every drawing looks for ticks above each axes, one by one
     "axes.labelsize": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -225,6 +226,34 @@ def curves(
     return ax
 
 
+def _bar(
+    ax: Axes, place: float, values: Any, what: str, *, width: float, colour: str, label: str | None = None
+) -> None:
+    """A bar as high as the mean of ``values``, and the values on it as points, where there are several."""
+    values = np.atleast_1d(_array(values, what))
+    if values.ndim != 1:
+        raise ValueError(f"{what} has shape {values.shape}; it must be a list of values, [seeds]")
+    ax.bar(place, values.mean(), width, color=colour, alpha=0.55, label=label)
+    if len(values) > 1:
+        # beside each other in the order of the seeds, so that equal values do not hide one another
+        across = place + np.linspace(-0.28, 0.28, len(values)) * width
+        ax.plot(across, values, "o", markersize=4, color=colour, markeredgecolor="white", markeredgewidth=0.8)
+
+
+def _reference(ax: Axes, value: float | None, label: str) -> None:
+    if value is not None:
+        ax.axhline(value, color="#555555", linestyle="--", linewidth=1.2, label=label)
+
+
+def _finish_bars(ax: Axes, names: list[str], ylabel: str, title: str | None) -> Axes:
+    ax.set_xticks(range(len(names)), names)
+    ax.set_ylabel(ylabel)
+    if title is not None:
+        ax.set_title(title)
+    ax.grid(axis="y")
+    return ax
+
+
 def bars(
     ax: Axes,
     groups: Mapping[str, Any],
@@ -245,23 +274,11 @@ def bars(
     if not groups:
         raise ValueError("there are no groups to draw")
     for place, (label, values) in enumerate(groups.items()):
-        values = np.atleast_1d(_array(values, f"group {label!r}"))
-        if values.ndim != 1:
-            raise ValueError(f"group {label!r} has shape {values.shape}; it must be a list of values, [seeds]")
-        ax.bar(place, values.mean(), width=0.65, color=PALETTE[place % len(PALETTE)], alpha=0.55)
-        if len(values) > 1:
-            # beside each other in the order of the seeds, so that equal values do not hide one another
-            across = place + np.linspace(-0.18, 0.18, len(values))
-            ax.plot(across, values, "o", markersize=4.5, color=PALETTE[place % len(PALETTE)], markeredgecolor="white")
+        _bar(ax, place, values, f"group {label!r}", width=0.65, colour=PALETTE[place % len(PALETTE)])
+    _reference(ax, reference, reference_label)
     if reference is not None:
-        ax.axhline(reference, color="#555555", linestyle="--", linewidth=1.2, label=reference_label)
         ax.legend()
-    ax.set_xticks(range(len(groups)), list(groups))
-    ax.set_ylabel(ylabel)
-    if title is not None:
-        ax.set_title(title)
-    ax.grid(axis="y")
-    return ax
+    return _finish_bars(ax, list(groups), ylabel, title)
 
 
 def grouped(
@@ -279,7 +296,7 @@ def grouped(
         settings: label -> {group -> values ``[seeds]``, or a number}; the groups of the first setting name the places.
         reference: as in :func:`bars`.
 
-    Raises: ValueError (no settings, other groups in one of them, an empty group), NotFinite.
+    Raises: ValueError (no settings, other groups in one of them, a group that is no list of values), NotFinite.
     """
     if not settings or not all(settings.values()):
         raise ValueError("there are no groups to draw")
@@ -290,21 +307,12 @@ def grouped(
             raise ValueError(f"setting {label!r} has the groups {sorted(groups)}, the first one {sorted(names)}")
         colour = PALETTE[k % len(PALETTE)]
         for place, name in enumerate(names):
-            values = np.atleast_1d(_array(groups[name], f"group {name!r} of {label!r}"))
             middle = place + (k - (len(settings) - 1) / 2) * width
-            ax.bar(middle, values.mean(), 0.92 * width, color=colour, alpha=0.55, label=label if place == 0 else None)
-            if len(values) > 1:
-                across = middle + np.linspace(-0.3, 0.3, len(values)) * width
-                ax.plot(across, values, "o", markersize=3.5, color=colour, markeredgecolor="white", markeredgewidth=0.6)
-    if reference is not None:
-        ax.axhline(reference, color="#555555", linestyle="--", linewidth=1.2, label=reference_label)
-    ax.set_xticks(range(len(names)), names)
-    ax.set_ylabel(ylabel)
-    if title is not None:
-        ax.set_title(title)
-    ax.grid(axis="y")
+            _bar(ax, middle, groups[name], f"group {name!r} of {label!r}", width=0.92 * width, colour=colour,
+                 label=label if place == 0 else None)  # fmt: skip
+    _reference(ax, reference, reference_label)
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    return ax
+    return _finish_bars(ax, names, ylabel, title)
 
 
 def contributions(

@@ -10,11 +10,17 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # a recipe runs from a clone, with or without the package installed
@@ -101,11 +107,53 @@ def write_bytes(path: Path, data: bytes) -> None:
     path.write_bytes(gzip.compress(data, 9, mtime=0) if path.suffix == ".gz" else data)
 
 
-def run(build: Callable[[Path], list[Path]], doc: str) -> None:
-    """The command line of a recipe: ``python data/recipes/<name>.py [--out FOLDER]``; prints what it wrote."""
+def write_table(path: Path, table: pd.DataFrame, **options: Any) -> None:
+    """A table as CSV, the same bytes on every system. ``options``: of ``DataFrame.to_csv``, as ``float_format``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table.to_csv(path, index=False, lineterminator="\n", **options)
+
+
+def round_to_half(model: torch.nn.Module) -> None:
+    """Every weight becomes one that float16 holds, so that what is measured next is what gets stored."""
+    state = model.state_dict()
+    model.load_state_dict({k: v.half().float() if v.is_floating_point() else v for k, v in state.items()})
+
+
+class Work:
+    """What is computed once and kept in files of a folder, so that a run that was stopped goes on where it was."""
+
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+
+    def once(self, key: str, compute: Callable[[], Any]) -> Any:
+        """``compute()``, which JSON can hold, or what it gave under this key before; never a half-written file."""
+        path = self.folder / f"{key}.json".replace(" ", "_").replace("'", "")
+        if not path.is_file():
+            began = time.process_time()
+            part = path.with_suffix(".part")
+            part.write_text(json.dumps(compute()))
+            part.replace(path)
+            print(f"{key}: {time.process_time() - began:.1f} s", flush=True)
+        return json.loads(path.read_text())
+
+
+def work_option(name: str) -> dict[str, Any]:
+    """The option ``--work`` of a recipe that can be stopped: a folder for what is finished."""
+    folder = Path(tempfile.gettempdir()) / f"nbkit-{name}"
+    return {"type": Path, "default": folder, "help": "folder for what is finished (default: a temporary one)"}
+
+
+def run(build: Callable[..., list[Path]], doc: str, **options: dict[str, Any]) -> None:
+    """The command line of a recipe: ``python data/recipes/<name>.py [--out FOLDER]``; prints what it wrote.
+
+    ``options``: more arguments of ``build``, each with what ``argparse`` needs for it.
+    """
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "data", help="folder to write to (default: data/)")
-    out = parser.parse_args().out
-    for path in build(out):
-        print(json.dumps({"file": str(path.relative_to(out)), "sha256": sha256(path.read_bytes()),
+    for name, settings in options.items():
+        parser.add_argument(f"--{name}", **settings)
+    args = parser.parse_args()
+    for path in build(**vars(args)):
+        print(json.dumps({"file": str(path.relative_to(args.out)), "sha256": sha256(path.read_bytes()),
                           "bytes": path.stat().st_size}))  # fmt: skip

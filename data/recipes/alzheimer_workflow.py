@@ -8,14 +8,12 @@ time; a split that is done is kept in --work.
 
 from __future__ import annotations
 
-import argparse
 import json
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from _recipe import ROOT, sha256
+from _recipe import Work, run, work_option, write_table
 
 TABLES = {"oasis2": ("Nondemented", "Demented"), "csf-biomarkers": ("Control", "Impaired")}
 TABLE_NAMES = ("metrics", "selection", "importance")
@@ -39,7 +37,8 @@ class Split:
             self.cohorts["later visits"] = (X[known], y[known])
         self.metrics, self.selection, self.importance = [], [], []
 
-    def run(self) -> None:
+    def measured(self) -> dict[str, list]:
+        """The rows of the three tables."""
         m, X, y = self.method, self.X.loc[self.train], self.y[self.train]
         if self.name == "oasis2":
             always, sets = [*m.DEMOGRAPHY, "MMSE"], {"A": m.SET_A, "C": m.SET_C}
@@ -61,6 +60,7 @@ class Split:
                 self.measure(family, name, selected, chosen, model, params)
                 if (name, selected) == explained:
                     self.explain(family, model, chosen)
+        return {table: getattr(self, table) for table in TABLE_NAMES}
 
     def key(self, family: str) -> dict:
         return {"data": self.name, "seed": self.seed, "model": family}
@@ -98,34 +98,18 @@ def build(out: Path, work: Path, seeds: int) -> list[Path]:
 
     runtime.deterministic(seed=0)
     method = papers.method("alzheimer-workflow")
-    work.mkdir(parents=True, exist_ok=True)
-    rows = {table: [] for table in TABLE_NAMES}
+    finished, rows = Work(work), {table: [] for table in TABLE_NAMES}
     for name in TABLES:
         for seed in range(seeds):
-            part = work / f"{name}-{seed}.json"
-            if not part.is_file():
-                split = Split(method, name, seed)
-                split.run()
-                unfinished = part.with_suffix(".part")
-                unfinished.write_text(json.dumps({table: getattr(split, table) for table in TABLE_NAMES}))
-                unfinished.replace(part)
-                print(f"{name}, split {seed}: done", flush=True)
-            for table, stored in json.loads(part.read_text()).items():
+            found = finished.once(f"{name}-{seed}", Split(method, name, seed).measured)
+            for table, stored in found.items():
                 rows[table] += stored
-    (out / "results").mkdir(parents=True, exist_ok=True)
     paths = [out / "results" / f"alzheimer-{table}.csv" for table in TABLE_NAMES]
     for path, stored in zip(paths, rows.values(), strict=True):
-        pd.DataFrame(stored).to_csv(path, index=False)
+        write_table(path, pd.DataFrame(stored))
     return paths
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "data", help="folder to write to (default: data/)")
-    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "nbkit-alzheimer-workflow",
-                        help="folder for finished splits (default: a temporary one)")  # fmt: skip
-    parser.add_argument("--seeds", type=int, default=10, help="splits 0 to SEEDS - 1 (default: 10)")
-    args = parser.parse_args()
-    for path in build(args.out, args.work, args.seeds):
-        facts = {"file": str(path.relative_to(args.out)), "sha256": sha256(path.read_bytes())}
-        print(json.dumps(facts | {"bytes": path.stat().st_size}))
+    seeds = {"type": int, "default": 10, "help": "splits 0 to SEEDS - 1 (default: 10)"}
+    run(build, __doc__, work=work_option("alzheimer-workflow"), seeds=seeds)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from _recipe import run
+from _recipe import run, write_table
 from scipy.stats import spearmanr
 
 from nbkit import attribution, concepts, faithfulness
@@ -40,8 +40,8 @@ def after(model):
     return model[[name for name, _ in model.named_children()].index(LAYER) + 1 :]
 
 
-def measure(method, model, data, c: int, seed: int) -> tuple[list[dict], dict]:
-    """The rows of craft.csv and of craft-banks.csv for one class of one network."""
+def measure(method, model, data, c: int, seed: int) -> tuple[list[dict], dict, list[dict]]:
+    """The rows of craft.csv, craft-banks.csv and craft-maps.csv for one class of one network."""
     x, held = method.draw_class(model, data, c, seed)
     bank, logits = class_bank(method, model, x, seed)
     few_maps, maps = method.latent(model, LAYER, x[:32]), method.latent(model, LAYER, held)
@@ -52,7 +52,8 @@ def measure(method, model, data, c: int, seed: int) -> tuple[list[dict], dict]:
         full, kept = model(held).argmax(1) == c, logits(V).argmax(1) == c
         kept_places = decide(places.encode(maps)).argmax(1) == c
     found = []
-    for rule, importance in method.importances(logits, U, c, seed=seed).items():
+    importances = method.importances(logits, U, c, seed=seed)
+    for rule, importance in importances.items():
         curves = method.concept_curves(logits, V[full], method.orders(importance, seed=seed), c)
         areas = torch.trapezoid(curves, dx=1 / CONCEPTS).mean(1).tolist()
         found.append({"seed": seed, "label": c, "rule": rule, "deletion": areas[0], "insertion": areas[1]})
@@ -61,7 +62,9 @@ def measure(method, model, data, c: int, seed: int) -> tuple[list[dict], dict]:
              "error_places": error(places, places.encode(maps), maps), "accuracy": full.float().mean().item(),
              "kept": kept.float().mean().item(), "kept_places": kept_places.float().mean().item(),
              "spearman": spearmanr(few, many).statistic}  # fmt: skip
-    return found, facts
+    code = method.ConceptCode(model, LAYER, bank.dictionary)
+    left = pixel_deletion(code, held, V, int(importances["sobol"].argmax()), seed)
+    return found, facts, [{"seed": seed, "label": c, **row} for row in left]
 
 
 def error(bank, codes: torch.Tensor, maps: torch.Tensor) -> float:
@@ -81,19 +84,15 @@ def attribution_maps(code, x: torch.Tensor, u: torch.Tensor, k: int, seed: int) 
     }
 
 
-def pixel_deletion(method, model, data, c: int, seed: int) -> list[dict]:
-    x, held = method.draw_class(model, data, c, seed)
-    bank, logits = class_bank(method, model, x, seed)
-    U = bank.encode(method.latent(model, LAYER, x[:32]))
-    k = int(method.importances(logits, U, c, seed=seed)["sobol"].argmax())
-    code = method.ConceptCode(model, LAYER, bank.dictionary)
-    presence = bank.encode(method.latent(model, LAYER, held))[:, k]
+def pixel_deletion(code, held: torch.Tensor, V: torch.Tensor, k: int, seed: int) -> list[dict]:
+    """The images of ``held``, with codes ``V``, on which concept ``k`` shows most; one row for each kind of map."""
+    presence = V[:, k]
     shown = presence.flatten(1).sum(1).topk(IMAGES).indices
     rows = []
     for name, maps in attribution_maps(code, held[shown], presence[shown], k, seed).items():
         curve = faithfulness.deletion(code, held[shown], maps, k, steps=14, probability=False)
         left = (curve.auc / curve.scores[:, 0]).mean().item()
-        rows.append({"seed": seed, "label": c, "map": name, "deletion": left})
+        rows.append({"map": name, "deletion": left})
     return rows
 
 
@@ -106,14 +105,12 @@ def build(out: Path) -> list[Path]:
     for seed in SEEDS:
         model = models.load("small-cnn", seed=seed)
         for c in CLASSES:
-            found, facts = measure(method, model, data, c, seed)
-            rules, banks = rules + found, [*banks, facts]
-            maps += pixel_deletion(method, model, data, c, seed)
-    (out / "results").mkdir(parents=True, exist_ok=True)
+            found, facts, left = measure(method, model, data, c, seed)
+            rules, banks, maps = rules + found, [*banks, facts], maps + left
     paths = []
     for name, rows in {"craft": rules, "craft-banks": banks, "craft-maps": maps}.items():
         paths.append(out / "results" / f"{name}.csv")
-        pd.DataFrame(rows).to_csv(paths[-1], index=False, float_format="%.6g", lineterminator="\n")
+        write_table(paths[-1], pd.DataFrame(rows), float_format="%.6g")
     return paths
 
 

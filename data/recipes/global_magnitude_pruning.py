@@ -9,16 +9,14 @@ the same figures; another processor may differ in the last digits.
 
 from __future__ import annotations
 
-import argparse
 import json
-import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pandas as pd
 import torch
-from _recipe import ROOT, sha256, write_bytes
+from _recipe import Work, round_to_half, run, work_option, write_bytes, write_table
 
 PLANS = {"mobilenet-small": {"width": 0.5}, "vgg-small": {}}
 FIT = {"epochs": 3, "batch": 64, "lr": 2e-3, "optimizer": "adamw", "weight_decay": 1e-4}
@@ -31,25 +29,6 @@ TRAIN, BATCH, SNIP = 1500, 512, 256  # images to fine-tune on, for BatchNorm, fo
 TEST = 1000  # images, without fine-tuning; all 2,000 with it
 
 
-class Work:
-    """Results that are kept in files of a folder, so that none is computed twice."""
-
-    def __init__(self, folder: Path):
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder = folder
-
-    def once(self, key: str, compute: Callable[[], dict]) -> dict:
-        path = self.folder / f"{key}.json".replace(" ", "_").replace("'", "")
-        if not path.is_file():
-            began = time.process_time()
-            found = compute()
-            part = path.with_suffix(".part")
-            part.write_text(json.dumps(found))
-            part.replace(path)
-            print(f"{key}: {found} ({time.process_time() - began:.1f} s)", flush=True)
-        return json.loads(path.read_text())
-
-
 def train(name: str, seed: int, data, path: Path) -> None:
     """A dense network, stored in float16 and measured as stored."""
     from nbkit import training
@@ -60,8 +39,7 @@ def train(name: str, seed: int, data, path: Path) -> None:
     schedule = training.cosine(warmup=0.1)
     history = training.fit(model, (data.x_train, data.y_train), schedule=schedule, seed=seed, **FIT)
     seconds = time.process_time() - began
-    exact = {k: v.half().float() if v.is_floating_point() else v for k, v in model.state_dict().items()}
-    model.load_state_dict(exact)
+    round_to_half(model)
     facts = {
         "recipe": "data/recipes/global_magnitude_pruning.py",
         "dataset": "fashion-mnist",
@@ -181,35 +159,27 @@ def mobilenet(m: Measurements, collapsed: float) -> None:
     m.fine_tuned(criteria, sorted({collapsed, *MT_FINE_TUNED}))
 
 
-def build(out: Path, folder: Path, seeds: int) -> list[Path]:
+def build(out: Path, work: Path, seeds: int) -> list[Path]:
     from nbkit import datasets, papers, runtime
 
     runtime.deterministic(seed=0)
     method, data = papers.method("global-magnitude-pruning"), datasets.load("fashion-mnist")
-    work, folder_out = Work(folder), out / "checkpoints"
-    paths = {(name, k): folder_out / f"{name}-seed{k}.safetensors" for name in PLANS for k in range(seeds)}
+    finished = Work(work)
+    paths = {(name, k): out / "checkpoints" / f"{name}-seed{k}.safetensors" for name in PLANS for k in range(seeds)}
     for (name, seed), path in paths.items():
-        trained = folder / path.name
+        trained = work / path.name
         if not trained.is_file():
             train(name, seed, data, trained)
         write_bytes(path, trained.read_bytes())
-    found = {key: Measurements(method, *key, path, data, work) for key, path in paths.items()}
+    found = {key: Measurements(method, *key, path, data, finished) for key, path in paths.items()}
     collapsed = max(m.collapse_level() for (name, _), m in found.items() if name == "mobilenet-small")
     for (name, _), m in found.items():
         vgg(m) if name == "vgg-small" else mobilenet(m, collapsed)
     table = out / "results" / "global-magnitude-pruning.csv"
-    table.parent.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame([row for m in found.values() for row in m.rows]).to_csv(table, index=False)
+    write_table(table, pd.DataFrame([row for m in found.values() for row in m.rows]))
     return [table, *paths.values()]
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "data", help="folder to write to (default: data/)")
-    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "nbkit-global-magnitude-pruning",
-                        help="folder for finished measurements (default: a temporary one)")  # fmt: skip
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to SEEDS - 1 (default: 3)")
-    args = parser.parse_args()
-    for path in build(args.out, args.work, args.seeds):
-        facts = {"file": str(path.relative_to(args.out)), "sha256": sha256(path.read_bytes())}
-        print(json.dumps(facts | {"bytes": path.stat().st_size}))
+    seeds = {"type": int, "default": 3, "help": "seeds 0 to SEEDS - 1 (default: 3)"}
+    run(build, __doc__, work=work_option("global-magnitude-pruning"), seeds=seeds)

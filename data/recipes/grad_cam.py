@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from _recipe import run
+from _recipe import run, write_table
 
 from nbkit import attribution
 
@@ -52,14 +52,13 @@ def build(out: Path) -> list[Path]:
     x = models.transform("efficientnet-lite0")(photos)
     with torch.no_grad():
         right = (model(x).argmax(1) == photos.y).nonzero().flatten().tolist()
-    (out / "results").mkdir(parents=True, exist_ok=True)
     tables = {
         "mosaics": mosaics(method, model, x, photos.y, right),
         "occlusion": occlusion(method, model, x, right),
     }
     paths = [out / "results" / f"grad-cam-{name}.csv" for name in tables]
     for path, table in zip(paths, tables.values(), strict=True):
-        table.to_csv(path, index=False)
+        write_table(path, table)
     return paths
 
 

@@ -17,13 +17,11 @@ Three parts of about four, three and seven minutes on one core; the functions ar
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
 
 import pandas as pd
 import torch
-from _recipe import ROOT, sha256
+from _recipe import run, write_table
 from torch import Tensor
 
 from nbkit import datasets, hooks, models, papers, runtime, training
@@ -185,8 +183,7 @@ def build(out: Path, part: str) -> list[Path]:
     from safetensors.torch import save_file
 
     method, paths = papers.method("lm-head-decoding"), []
-    for folder in ("results", "checkpoints"):
-        (out / folder).mkdir(parents=True, exist_ok=True)
+    (out / "checkpoints").mkdir(parents=True, exist_ok=True)
     for name in PARTS if part == "all" else (part,):
         runtime.deterministic(seed=0)
         tensors, tables = PARTS[name](method, models.load("smollm2"), models.tokenizer("smollm2"))
@@ -195,19 +192,9 @@ def build(out: Path, part: str) -> list[Path]:
             save_file({key: value.contiguous() for key, value in values.items()}, paths[-1])
         for file, table in tables.items():
             paths.append(out / "results" / f"{file}.csv")
-            table.to_csv(paths[-1], index=False, float_format="%.6g", lineterminator="\n")
+            write_table(paths[-1], table, float_format="%.6g")
     return paths
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "data", help="folder to write to (default: data/)")
-    parser.add_argument("--part", choices=["all", *PARTS], default="all", help="what to measure")
-    args = parser.parse_args()
-    for path in build(args.out, args.part):
-        print(json.dumps({"file": str(path.relative_to(args.out)), "sha256": sha256(path.read_bytes()),
-                          "bytes": path.stat().st_size}))  # fmt: skip
-
-
 if __name__ == "__main__":
-    main()
+    run(build, __doc__, part={"choices": ["all", *PARTS], "default": "all", "help": "what to measure"})

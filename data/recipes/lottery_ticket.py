@@ -8,15 +8,13 @@ of notebooks/06-pruning/01-lottery-ticket. About 25 minutes on one core; a run t
 
 from __future__ import annotations
 
-import argparse
 import json
-import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
-from _recipe import ROOT, sha256, write_bytes
+from _recipe import run, work_option, write_bytes, write_table
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 
@@ -31,12 +29,6 @@ CONTROLS = {
 }
 LONG = 15, 6000  # round, iterations
 EVALUATIONS = 40
-
-
-def split(mnist) -> dict:
-    """9,000 images to train on, 1,000 to find the early-stop iteration with, 2,000 to test."""
-    x, y = mnist.x_train, mnist.y_train
-    return {"train": (x[:9000], y[:9000]), "val": (x[9000:], y[9000:]), "test": (mnist.x_test, mnist.y_test)}
 
 
 class Trainings:
@@ -112,7 +104,8 @@ def build(out: Path, work: Path, seeds: int) -> list[Path]:
     from nbkit import datasets, papers, runtime
 
     runtime.deterministic(seed=0)
-    method, data = papers.method("lottery-ticket"), split(datasets.load("mnist"))
+    method = papers.method("lottery-ticket")
+    data = method.split(datasets.load("mnist"))
     work.mkdir(parents=True, exist_ok=True)
     rows, paths = [], []
     for name in method.SETTINGS:
@@ -124,18 +117,10 @@ def build(out: Path, work: Path, seeds: int) -> list[Path]:
                 paths.append(out / "checkpoints" / f"lottery-ticket-seed{seed}.safetensors")
                 store(theta_0, found, paths[-1])
     path = out / "results" / "lottery-ticket.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame(rows).to_csv(path, index=False)
+    write_table(path, pd.DataFrame(rows))
     return [path, *paths]
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "data", help="folder to write to (default: data/)")
-    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "nbkit-lottery-ticket",
-                        help="folder for finished trainings (default: a temporary one)")  # fmt: skip
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to SEEDS - 1 (default: 3)")
-    args = parser.parse_args()
-    for path in build(args.out, args.work, args.seeds):
-        facts = {"file": str(path.relative_to(args.out)), "sha256": sha256(path.read_bytes())}
-        print(json.dumps(facts | {"bytes": path.stat().st_size}))
+    seeds = {"type": int, "default": 3, "help": "seeds 0 to SEEDS - 1 (default: 3)"}
+    run(build, __doc__, work=work_option("lottery-ticket"), seeds=seeds)

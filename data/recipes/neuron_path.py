@@ -16,13 +16,11 @@ equal. One thread; twelve minutes of processor time for the tiny ViTs and nine f
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
 
 import pandas as pd
 import torch
-from _recipe import ROOT, sha256
+from _recipe import run, write_table
 
 from nbkit import datasets, models, neurons, papers, runtime
 
@@ -163,8 +161,7 @@ def build(out: Path, part: str) -> list[Path]:
 
     runtime.deterministic(seed=0)
     method = papers.method("neuron-path")
-    (out / "results").mkdir(parents=True, exist_ok=True)
-    (out / "checkpoints").mkdir(exist_ok=True)
+    (out / "checkpoints").mkdir(parents=True, exist_ok=True)
     tables, paths = {}, []
     if part in ("dinov2", "all"):
         tables, fitted = dinov2(method)
@@ -174,19 +171,9 @@ def build(out: Path, part: str) -> list[Path]:
         tables |= vit(method)
     for name, table in tables.items():
         paths.append(out / "results" / f"{name}.csv")
-        table.to_csv(paths[-1], index=False, float_format="%.6g", lineterminator="\n")
+        write_table(paths[-1], table, float_format="%.6g")
     return paths
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "data", help="folder to write to (default: data/)")
-    parser.add_argument("--part", choices=["all", "vit", "dinov2"], default="all", help="what to measure")
-    args = parser.parse_args()
-    for path in build(args.out, args.part):
-        print(json.dumps({"file": str(path.relative_to(args.out)), "sha256": sha256(path.read_bytes()),
-                          "bytes": path.stat().st_size}))  # fmt: skip
-
-
 if __name__ == "__main__":
-    main()
+    run(build, __doc__, part={"choices": ["all", "vit", "dinov2"], "default": "all", "help": "what to measure"})

@@ -18,16 +18,13 @@ The functions are the notebook's own method cells. One thread; twelve minutes of
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from _recipe import ROOT, sha256
+from _recipe import run, write_table
 
 from nbkit import datasets, papers, runtime
 
@@ -173,12 +170,12 @@ def explorer_scores(method) -> dict[str, torch.Tensor]:
     return found
 
 
-def seconds(run, repeats: int = 3) -> float:
+def seconds(job, repeats: int = 3) -> float:
     """Processor seconds of the fastest of several runs."""
     found = []
     for _ in range(repeats):
         began = time.process_time()
-        run()
+        job()
         found.append(time.process_time() - began)
     return min(found)
 
@@ -191,8 +188,7 @@ def one_width(method, kind, d: int, h: int) -> dict:
     rewiring = seconds(lambda: [method.evolve(layer, 0.2, g) for layer in layers])
     links = sum(len(layer.links()[0]) for layer in layers)
     layers.clear()  # so that the two versions of the network are never held at once
-    run = lambda: method.quick_selection(X[:100], h=h, epochs=2, kind=kind)  # noqa: E731
-    peak, largest = method.allocated(run)
+    peak, largest = method.allocated(lambda: method.quick_selection(X[:100], h=h, epochs=2, kind=kind))
     return {"d": d, "h": h, "links": links, "places": 2 * d * h, "step": step, "rewiring": rewiring,
             "epoch": 100 * step + rewiring, "peak": peak, "largest": largest}  # fmt: skip
 
@@ -205,13 +201,7 @@ def width(method) -> pd.DataFrame:
             for name, kind in {"links": method.SparseLinear, "mask": method.MaskedLinear}.items():
                 if name == "links" or d * h <= MOST_DENSE:
                     rows.append({"series": series, "kind": name, **one_width(method, kind, d, h)})
-    return pd.DataFrame(rows).assign(processor=processor(), torch=torch.__version__, threads=1)
-
-
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0].split(":")[1].strip() if names else platform.processor() or platform.machine()
+    return pd.DataFrame(rows).assign(processor=runtime.processor(), torch=torch.__version__, threads=1)
 
 
 def build(out: Path, part: str) -> list[Path]:
@@ -219,8 +209,7 @@ def build(out: Path, part: str) -> list[Path]:
 
     runtime.deterministic(seed=0)
     method = papers.method("quick-selection")
-    (out / "results").mkdir(parents=True, exist_ok=True)
-    (out / "checkpoints").mkdir(exist_ok=True)
+    (out / "checkpoints").mkdir(parents=True, exist_ok=True)
     tables, tensors, paths = {}, {}, []
     if part in ("all", "mnist"):
         tables["mnist"], tensors = mnist(method)
@@ -232,22 +221,13 @@ def build(out: Path, part: str) -> list[Path]:
         tensors |= explorer_scores(method)
     for name, table in tables.items():
         paths.append(out / "results" / f"quick-selection-{name}.csv")
-        table.to_csv(paths[-1], index=False, float_format="%.6g", lineterminator="\n")
+        write_table(paths[-1], table, float_format="%.6g")
     if tensors:
         paths.append(out / "checkpoints" / "quick-selection-strength.safetensors")
         save_file({**(load_file(paths[-1]) if paths[-1].exists() else {}), **tensors}, paths[-1])
     return paths
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "data", help="folder to write to (default: data/)")
-    parser.add_argument("--part", choices=["all", "mnist", "madelon", "width", "scores"], default="all")
-    args = parser.parse_args()
-    for path in build(args.out, args.part):
-        print(json.dumps({"file": str(path.relative_to(args.out)), "sha256": sha256(path.read_bytes()),
-                          "bytes": path.stat().st_size}))  # fmt: skip
-
-
 if __name__ == "__main__":
-    main()
+    parts = ["all", "mnist", "madelon", "width", "scores"]
+    run(build, __doc__, part={"choices": parts, "default": "all", "help": "what to measure (default: all)"})

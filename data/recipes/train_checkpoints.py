@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from _recipe import ROOT, sha256
+from _recipe import ROOT, round_to_half, sha256
 from fashion_mnist import full
 
 from nbkit import datasets, training
@@ -71,9 +71,7 @@ def train(name: str, steps: int | None = None) -> tuple[torch.nn.Module, dict]:
     started = time.process_time()
     history = training.fit(model, split.train, steps=steps, seed=seed, desc=name, **settings)
     seconds = time.process_time() - started
-    model.load_state_dict(
-        {k: v.half().float() if v.is_floating_point() else v for k, v in model.state_dict().items()}
-    )
+    round_to_half(model)
     facts = {
         "recipe": "data/recipes/train_checkpoints.py",
         "dataset": plan.dataset,

@@ -31,15 +31,11 @@ _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "group
 @contextmanager
 def differentiating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode with autograd on, also inside the caller's ``no_grad``, and parameters outside the graph."""
-    asking = [p for p in model.parameters() if p.requires_grad and p.is_leaf]
-    with forward.evaluating(model), torch.inference_mode(False), torch.enable_grad():
-        try:
-            for parameter in asking:
-                parameter.requires_grad_(False)
-            yield
-        finally:
-            for parameter in asking:
-                parameter.requires_grad_(True)
+    with (
+        forward.evaluating(model), torch.inference_mode(False), torch.enable_grad(),
+        forward.requiring_grad(model.parameters(), False),
+    ):  # fmt: skip
+        yield
 
 
 def input_gradient(

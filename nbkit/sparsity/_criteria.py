@@ -7,7 +7,6 @@ All take ``layers=`` and ``exclude=`` (see :func:`prunable`), leave the model as
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -149,7 +148,7 @@ def _unit_relevance(
     names = {name: name.rpartition(".")[0] for name in weights}
     sums = {name: torch.zeros(_units(hooks.get_layer(model, names[name]))) for name in weights}
     for rows, goal in _batches(model, inputs, target, batch):
-        with forward.evaluating(model), torch.enable_grad(), _needs_grad(weights.values()):
+        with forward.evaluating(model), torch.enable_grad(), forward.requiring_grad(weights.values(), True):
             with hooks.record(model, list(names.values()), detach=False, to=None) as outputs:
                 score = forward.scores(forward.call(model, rows), goal).sum()
             ran = [name for name in names if names[name] in outputs]
@@ -170,7 +169,7 @@ def _gradients(
     """For each batch its size and the gradient of its mean loss in every weight (0 where the loss does not use it)."""
     loss = loss or _mean_loss
     for rows, goal in _batches(model, inputs, target, batch, resolve=loss in (_mean_loss, _target_score)):
-        with forward.evaluating(model), torch.enable_grad(), _needs_grad(weights.values()):
+        with forward.evaluating(model), torch.enable_grad(), forward.requiring_grad(weights.values(), True):
             value = loss(forward.call(model, rows), goal)
             if not isinstance(value, Tensor) or value.numel() != 1:
                 raise ValueError("loss(output, target) must return one number, a tensor of one element")
@@ -218,16 +217,3 @@ def _weights(model: nn.Module, layers: Names, exclude: Names) -> dict[str, nn.Pa
 
 def _units(module: nn.Module) -> int:
     return module.out_features if isinstance(module, nn.Linear) else module.out_channels
-
-
-@contextmanager
-def _needs_grad(weights) -> Iterator[None]:
-    """Frozen weights have gradients too, inside; ``.grad`` stays untouched throughout."""
-    frozen = [w for w in weights if not w.requires_grad]
-    try:
-        for weight in frozen:
-            weight.requires_grad_(True)
-        yield
-    finally:
-        for weight in frozen:
-            weight.requires_grad_(False)

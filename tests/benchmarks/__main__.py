@@ -14,6 +14,7 @@ import platform
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from nbkit import runtime
 from tests.benchmarks import comparisons  # noqa: F401  (registers its rows)
 from tests.benchmarks.growth import PICTURE, SWEEPS, draw, grow
 from tests.benchmarks.kit import import_time, run_notebook, yardstick
@@ -39,7 +40,7 @@ def head() -> Iterator[str]:
     yield "# Benchmarks"
     yield ""
     yield (
-        f"Made by `make bench` on {os.cpu_count()} cores ({_processor()}), {platform.system()}, Python "
+        f"Made by `make bench` on {os.cpu_count()} cores ({runtime.processor()}), {platform.system()}, Python "
         f"{platform.python_version()}, torch {torch.__version__} on {torch.get_num_threads()} thread, {versions}."
     )
     product, figure = yardstick()
@@ -84,10 +85,11 @@ def rows(only: str) -> Iterator[str]:
     entries = [entry for entry in REGISTRY if only in f"{entry.name} {entry.beside}"]
     if not entries:
         return
+    runtime.deterministic()
     yield (
-        "One process, the same model and inputs, called in turns; the ratio is the kit's time over the other's (median "
-        "and quartiles over the pairs). Memory is the peak above the start, in MB. The difference is relative to the "
-        "largest element."
+        "One process, in `runtime.deterministic()` as every notebook, the same model and inputs, called in turns; the "
+        "ratio is the kit's time over the other's (median and quartiles over the pairs). Memory is the peak above the "
+        "start, in MB. The difference is relative to the largest element."
     )
     columns = "what", "beside", "kit, ms:", "other, ms:", "ratio:", "at most:", "kit, MB:", "other, MB:", "difference:"
     yield from ["", *_header(*columns, "")]
@@ -151,15 +153,6 @@ def _cells(*values) -> str:
 
 def _marked(text: str, short: bool) -> str:
     return f"{text} **short**" if short else text
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def merged(old: str, head: list[str], new: dict[str, list[str]], notes: str) -> str:

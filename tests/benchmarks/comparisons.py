@@ -34,17 +34,13 @@ def classifying_vit():
     import torch
     from torch import nn
 
-    from nbkit import datasets
+    from nbkit import datasets, papers
 
-    class ClassToken(nn.Module):
-        def forward(self, output):
-            return output.last_hidden_state[:, 0]
-
-    head, fitted = nn.Linear(384, 10), datasets.tensors("neuron-path-dinov2-probe")
+    head, fitted = papers.method("neuron-path").ClassTokenProbe(384, 10), datasets.tensors("neuron-path-dinov2-probe")
     head.load_state_dict({name: fitted[name] for name in ("weight", "bias")})
     backbone, pictures = vit()
     with torch.no_grad():
-        return nn.Sequential(backbone, ClassToken(), head).eval(), pictures
+        return nn.Sequential(backbone, head).eval(), pictures
 
 
 @row("integrated gradients, EfficientNet-Lite0, 50 steps, 10 rows a batch", "captum", target=1.0)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.benchmarks.rows import seconds
+
 LIMIT_MS = {False: 150, True: 500}
 """p95 of an explorer's frame, where no model runs in it and where one does."""
 
@@ -89,12 +91,7 @@ def yardstick(repeats: int = 25) -> tuple[float, float]:
         FigureCanvasAgg(figure).draw()
 
     def median(call) -> float:
-        seconds = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            call()
-            seconds.append(time.perf_counter() - start)
-        return 1000 * statistics.median(seconds)
+        return 1000 * statistics.median(seconds(call) for _ in range(repeats))
 
     return median(lambda: matrix @ matrix), median(draw)
 

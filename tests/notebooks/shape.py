@@ -90,10 +90,14 @@ def _plain(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", " ", bare.lower()).strip()
 
 
+def _python(source: str) -> str:
+    """A cell without its magics."""
+    return "\n".join(line for line in source.splitlines() if not line.lstrip().startswith(("%", "!")))
+
+
 def _calls(source: str, *, run_now: bool) -> list[ast.Call]:
     """The calls in a cell; with ``run_now`` those the cell makes itself, not those inside the functions it defines."""
-    plain = "\n".join(line for line in source.splitlines() if not line.lstrip().startswith(("%", "!")))
-    todo: list[ast.AST] = [ast.parse(plain)]
+    todo: list[ast.AST] = [ast.parse(_python(source))]
     found = []
     while todo:
         node = todo.pop()
@@ -183,8 +187,7 @@ def steady(book: Book) -> list[str]:
 
 def _top_level(source: str) -> tuple[set[str], dict[str, set[str]]]:
     """The names that a cell assigns itself, and the globals that each function it defines reads."""
-    plain = "\n".join(line for line in source.splitlines() if not line.lstrip().startswith(("%", "!")))
-    table = symtable.symtable(plain, "cell", "exec")
+    table = symtable.symtable(_python(source), "cell", "exec")
     assigned = {s.get_name() for s in table.get_symbols() if s.is_assigned() and not s.is_imported()}
     functions = {child.get_name(): _globals(child) for child in table.get_children() if child.get_type() == "function"}
     return assigned - set(functions), functions

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from nbkit import _paths, papers
+from nbkit import papers
 from nbkit.errors import NotFinite
 
 method = papers.method("quick-selection")
@@ -227,18 +224,7 @@ def test_a_layer_that_refuses_a_rewiring_is_left_as_it_was():
     assert layer.place.tolist() == [0, 5] and layer.weight.tolist() == [1, 2]
 
 
-@pytest.fixture(scope="module")
-def recipe():
-    """data/recipes/quick_selection.py, which holds the other selectors and the evaluation."""
-    folder = _paths.data_dir() / "recipes"
-    sys.path.insert(0, str(folder))
-    try:
-        spec = importlib.util.spec_from_file_location("quick_selection_recipe", folder / "quick_selection.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-    finally:
-        sys.path.remove(str(folder))
+RECIPE = "quick_selection"  # which holds the other selectors and the evaluation
 
 
 def test_laplacian_score_is_the_graph_laplacian_over_the_weighted_variance(recipe):

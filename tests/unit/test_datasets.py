@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.util
 import io
 import subprocess
 import sys
@@ -24,16 +23,7 @@ from nbkit.errors import UnknownName
 FETCHED = {"imagenet-sample", "cifar-sample"}
 LOCAL = [n for n in datasets.names() if n not in FETCHED]
 SPLIT = ["digits", "mnist", "fashion-mnist", "textile", "basic-motions"]
-
-
-@pytest.fixture(scope="module")
-def recipe():
-    sys.path.insert(0, str(data_dir() / "recipes"))
-    spec = importlib.util.spec_from_file_location("_recipe", data_dir() / "recipes" / "_recipe.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    sys.path.remove(str(data_dir() / "recipes"))
+RECIPE = "_recipe"
 
 
 @pytest.mark.parametrize("name", LOCAL)

@@ -68,6 +68,17 @@ def test_evaluating_gives_every_module_its_mode_back():
     assert [m.training for m in model.modules()] == [True, True, False, False]
 
 
+@pytest.mark.parametrize("needed", [True, False])
+def test_parameters_ask_for_gradients_inside_and_are_as_they_were_afterwards(needed):
+    net = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    net[0].requires_grad_(False)
+    before = [p.requires_grad for p in net.parameters()]
+    with pytest.raises(RuntimeError, match="inside"), forward.requiring_grad(net.parameters(), needed):
+        assert {p.requires_grad for p in net.parameters()} == {needed}
+        raise RuntimeError("inside")
+    assert [p.requires_grad for p in net.parameters()] == before
+
+
 def test_dict_inputs_are_sliced_and_counted():
     inputs = {"x": torch.arange(6).reshape(3, 2), "flag": True}
     assert forward.batch_size(inputs) == 3

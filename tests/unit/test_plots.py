@@ -250,7 +250,8 @@ def test_grouped_bars_stand_side_by_side_at_their_means(ax):
 @pytest.mark.parametrize(
     ("settings", "error"),
     [({}, ValueError), ({"A": {}}, ValueError), ({"A": {"LR": 1.0}, "C": {"RF": 1.0}}, ValueError),
-     ({"A": {"LR": []}}, ValueError), ({"A": {"LR": [float("nan")]}}, NotFinite)],
+     ({"A": {"LR": []}}, ValueError), ({"A": {"LR": [[1.0], [2.0]]}}, ValueError),
+     ({"A": {"LR": [float("nan")]}}, NotFinite)],
 )  # fmt: skip
 def test_grouped_bars_refuse_what_cannot_be_drawn(ax, settings, error):
     with pytest.raises(error):

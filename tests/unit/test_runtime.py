@@ -22,6 +22,14 @@ def test_auto_finds_a_device_and_a_missing_one_is_named():
             runtime.device("cuda")
 
 
+def test_the_processor_has_a_name_with_and_without_proc(monkeypatch, tmp_path):
+    info = tmp_path / "cpuinfo"
+    monkeypatch.setattr(runtime, "Path", lambda _: info)
+    assert runtime.processor()  # whatever this system says of itself
+    info.write_text("processor: 0\nmodel name\t: A: B 7\nprocessor: 1\nmodel name\t: A: B 7\n")
+    assert runtime.processor() == "A: B 7"
+
+
 def test_a_seed_fixes_python_numpy_and_torch():
     def draw():
         generator = runtime.seed_everything(7)
