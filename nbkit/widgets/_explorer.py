@@ -20,7 +20,7 @@ import traitlets
 from nbkit._png import compact
 from nbkit.errors import UnknownName, did_you_mean
 from nbkit.widgets import _controls
-from nbkit.widgets._frames import Canvas, FrameCache, error_picture
+from nbkit.widgets._frames import Canvas, FrameCache, collecting_afterwards, error_picture
 
 # Long enough for the positions a dragged slider sent meanwhile to arrive, too short to be felt.
 _GATHER = 0.01
@@ -51,7 +51,7 @@ def explore(
             are ints; a list, a menu; a dict label -> value, a menu; a bool, a tick box; a string, a line of text.
             Anything else is passed on unchanged.
         initial: where controls start, by name; for a menu the value or the label.
-        figsize, dpi: of the picture; inches and pixels an inch.
+        figsize, dpi: of the picture; inches and pixels an inch. An axis has up to six ticks, unless render sets them.
         cache_bytes: frames kept, in bytes; 0 keeps none.
 
     Raises: TypeError (render does not take these names; a tuple that is no range), ValueError (no control, an empty
@@ -187,13 +187,19 @@ class Explorer:
         values = self.values
         png = self._cache.get(values)
         if png is None:
-            try:
-                png = self._draw(values)
-            except Exception as error:
-                self._show_error(error)
-                return
+            with collecting_afterwards():  # after the picture is on its way
+                self._show_new(values)
+        else:
+            self._show(png)
+
+    def _show_new(self, values: dict[str, Any]) -> None:
+        try:
+            png = self._draw(values)
+        except Exception as error:
+            self._show_error(error)
+        else:
             self._cache.put(values, png)
-        self._show(png)
+            self._show(png)
 
     def _draw(self, values: dict[str, Any]) -> bytes:
         began = time.perf_counter()

@@ -7,6 +7,7 @@ import io
 import sys
 import textwrap
 import warnings
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,9 +17,11 @@ import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, SubplotParams
+from matplotlib.ticker import AutoLocator
 from PIL import Image
 
 _MARGINS = ("left", "right", "bottom", "top", "wspace", "hspace")
+_INTERVALS = 5  # between the ticks of an axis, at most; up to nine is matplotlib's own choice, and a tick takes 1 ms
 
 
 class Canvas:
@@ -38,11 +41,10 @@ class Canvas:
 
         Raises: what ``render`` raises; ValueError where it draws nothing on the figure.
         """
-        with _collecting_afterwards():
-            try:
-                return self._draw(render, values)
-            finally:
-                self._reset()
+        try:
+            return self._draw(render, values)
+        finally:
+            self._reset()
 
     def _draw(self, render: Callable, values: dict[str, Any]) -> bytes:
         with _pyplot_left_alone():
@@ -52,6 +54,8 @@ class Canvas:
                 "render drew nothing on its figure; it must draw on the fig it is given, as in ax = fig.subplots(), "
                 "not through pyplot"
             )
+        for ax in self.figure.axes:
+            _thin_ticks(ax)
         self._arrange()
         self.figure.canvas.draw()
         return encode(np.asarray(self.figure.canvas.buffer_rgba()))
@@ -105,8 +109,16 @@ def _arrangement(ax) -> tuple:
     return place, *((bool(t), t.count("\n")) for t in texts), *((n + 1) // 2 for n in longest)
 
 
+def _thin_ticks(ax) -> None:
+    """Fewer ticks on the axes whose ticks were left to matplotlib: a third of the time of a small frame."""
+    for axis in (ax.xaxis, ax.yaxis):
+        locator = axis.get_major_locator()
+        if axis.isDefault_majloc and type(locator) is AutoLocator:
+            locator.set_params(nbins=_INTERVALS)
+
+
 @contextmanager
-def _collecting_afterwards() -> Iterator[None]:
+def collecting_afterwards() -> Iterator[None]:
     """Put garbage collection off until the end, then collect what is young.
 
     A frame leaves thousands of objects in cycles, enough to set off a full collection every dozen frames; in a process
@@ -144,7 +156,8 @@ def _pyplot_left_alone() -> Iterator[None]:
 def encode(pixels: np.ndarray) -> bytes:
     """Pixels ``[H, W, 3 or 4]`` (bytes) as PNG, quickly: a moving slider waits for this."""
     out = io.BytesIO()
-    Image.fromarray(pixels[..., :3]).save(out, "png", compress_level=1)
+    # looking for runs of one value alone takes less time than the usual search and packs a chart as well
+    Image.fromarray(pixels).convert("RGB").save(out, "png", compress_level=1, compress_type=zlib.Z_RLE)
     return out.getvalue()
 
 

@@ -310,6 +310,21 @@ def test_tick_labels_that_grow_get_the_room_they_need():
     assert wide > narrow + 0.04
 
 
+def test_ticks_left_to_matplotlib_are_few_and_chosen_ones_are_kept():
+    canvas, drawn = _frames.Canvas((8, 3), 50), []
+
+    def draw(fig):
+        left, right = fig.subplots(1, 2)
+        left.set(xlim=(0, 9), ylim=(0, 0.9))
+        right.set(xlim=(0, 9), xticks=range(10))
+        drawn.extend([left, right])
+
+    canvas.draw(draw, {})
+    left, right = drawn
+    assert 3 <= len(left.get_xticks()) <= 6 and 3 <= len(left.get_yticks()) <= 6
+    assert len(right.get_xticks()) == 10
+
+
 def test_frames_leave_no_garbage_behind():
     explorer = small(lambda fig, a: fig.subplots().plot([a]), a=(0, 100), cache_bytes=0)
     for a in (1, 2, 3):
