@@ -188,6 +188,7 @@ def curves(
     title: str | None = None,
     band: str = "range",
     percent: bool = False,
+    legend: str = "best",
 ) -> Axes:
     """Curves over ``x``: the mean over seeds as a line, their spread as a band.
 
@@ -196,6 +197,7 @@ def curves(
         lines: label -> ``[seeds, n]``, or ``[n]`` for a line without a band.
         band: ``"range"`` (smallest to largest seed) or ``"ci"`` (95 % interval of the mean, Student's t).
         percent: show both axes' shares as percent (y only where x goes beyond 1).
+        legend: where, as in matplotlib's ``loc``; a place of one's own is quicker to draw than the best one.
 
     Raises: ValueError naming the line whose shape does not fit, NotFinite.
     """
@@ -222,7 +224,7 @@ def curves(
     if title is not None:
         ax.set_title(title)
     ax.grid(axis="y")
-    ax.legend()
+    ax.legend(loc=legend)
     return ax
 
 

@@ -80,10 +80,11 @@ class Canvas:
 
         Computing them lays out every label, which takes as long as drawing it. Frames with the same axes and tick
         labels of about the same length share their margins; that also keeps the axes still while a slider moves.
-        A render that sets margins or a layout engine of its own keeps them.
+        A render that sets margins or a layout engine of its own keeps them, and saves the time.
         """
         figure = self.figure
-        if figure.get_layout_engine() is not None or _margins_of(figure) != self._untouched or not figure.axes:
+        own = figure.get_layout_engine() is not None or _margins_of(figure) != self._untouched
+        if own or all(map(_is_placed, figure.axes)):
             return
         arrangement = (tuple(figure.get_size_inches()), bool(figure.get_suptitle()), *map(_arrangement, figure.axes))
         if arrangement not in self._margins:
@@ -96,6 +97,13 @@ class Canvas:
 
 def _margins_of(figure: Figure) -> dict[str, float]:
     return {name: getattr(figure.subplotpars, name) for name in _MARGINS}
+
+
+def _is_placed(ax) -> bool:
+    """Whether an axes has no cell in a grid, or one in a grid whose four margins were given."""
+    cell = ax.get_subplotspec()
+    grid = cell and cell.get_topmost_subplotspec().get_gridspec()
+    return grid is None or None not in (grid.left, grid.right, grid.bottom, grid.top)
 
 
 def _arrangement(ax) -> tuple:

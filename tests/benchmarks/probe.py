@@ -9,12 +9,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+_ASKED = {
+    "forward": "torch.nn.", "_call_impl": "torch.nn.",
+    "predict": "sklearn.", "predict_proba": "sklearn.", "decision_function": "sklearn.",
+}  # fmt: skip
+"""Functions that ask a model something, and the packages in whose code they count."""
+
 
 def probe(moves: int = 40, seconds: float = 20.0) -> list[dict[str, Any]]:
     """Turn random controls of each explorer, every frame drawn anew, and time from the move to the PNG bytes.
 
-    Returns, an explorer each: its ``name``, the ``frames`` in seconds, and whether a ``model`` ran for any of them.
-    The frame that stands at the start is not among them: it loads fonts and computes margins once.
+    Returns, an explorer each: its ``name``, the ``frames`` in seconds, and whether a ``model`` ran for any of them: a
+    torch module or a scikit-learn estimator, looked for in frames that are not timed. The frame that stands at the
+    start is not among them: it loads fonts and computes margins once.
     """
     from nbkit.widgets._explorer import alive
 
@@ -22,38 +29,41 @@ def probe(moves: int = 40, seconds: float = 20.0) -> list[dict[str, Any]]:
 
 
 def _turn(explorer, moves: int, seconds: float) -> dict[str, Any]:
+    explorer.refresh()
+    with asking() as asked:
+        _move(explorer, 8, seconds / 2)  # few: what a notebook keeps of them is not computed again below
+    explorer.timings.clear()
+    _move(explorer, moves, seconds)
+    return {"name": explorer.name, "frames": list(explorer.timings), "model": bool(asked)}
+
+
+def _move(explorer, moves: int, seconds: float) -> None:
     from nbkit.widgets import _controls
 
-    chance = random.Random(0)
-    explorer.refresh()
-    explorer.timings.clear()
-    until = time.perf_counter() + seconds
-    with counting_forwards() as forwards:
-        for _ in range(moves):
-            if time.perf_counter() > until:
-                break
-            widget = chance.choice(list(explorer.controls.values()))
-            trait, value = chance.choice(_controls.samples(widget, 12))
-            explorer._cache.clear()
-            setattr(widget, trait, value)
-            explorer.frame  # noqa: B018  (drawn now, where the kernel's loop would wait for more moves)
-    return {"name": explorer.name, "frames": list(explorer.timings), "model": forwards[0] > 0}
+    chance, until = random.Random(moves), time.perf_counter() + seconds
+    for _ in range(moves):
+        if time.perf_counter() > until:
+            return
+        widget = chance.choice(list(explorer.controls.values()))
+        trait, value = chance.choice(_controls.samples(widget, 12))
+        explorer._cache.clear()
+        setattr(widget, trait, value)
+        explorer.frame  # noqa: B018  (drawn now, where the kernel's loop would wait for more moves)
 
 
 @contextmanager
-def counting_forwards() -> Iterator[list[int]]:
-    """How often a torch module was called inside, in a list of one number."""
-    count = [0]
-    if "torch" not in sys.modules:
-        yield count
-        return
-    from torch.nn.modules.module import register_module_forward_pre_hook
+def asking() -> Iterator[set[str]]:
+    """The names of the functions of models that were called inside; slow, so nothing is to be timed there."""
+    found: set[str] = set()
 
-    def note(*_):
-        count[0] += 1
+    def note(frame, event: str, _) -> None:
+        if event == "call" and (package := _ASKED.get(frame.f_code.co_name)):
+            if frame.f_globals.get("__name__", "").startswith(package):
+                found.add(frame.f_code.co_name)
 
-    handle = register_module_forward_pre_hook(note)
+    before = sys.getprofile()
+    sys.setprofile(note)
     try:
-        yield count
+        yield found
     finally:
-        handle.remove()
+        sys.setprofile(before)

@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from sklearn.tree import DecisionTreeRegressor
 
 from nbkit import widgets
 from tests.benchmarks.__main__ import merged
@@ -78,7 +79,7 @@ def test_p95_is_in_milliseconds_and_its_limit_depends_on_the_model():
 
 
 def test_the_probe_draws_every_frame_anew_and_sees_whether_a_model_runs():
-    net = torch.nn.Linear(1, 1)
+    net, tree = torch.nn.Linear(1, 1), DecisionTreeRegressor().fit([[0.0], [1.0]], [0.0, 1.0])
 
     def plain(fig, x):
         fig.subplots().plot([0, x])
@@ -86,13 +87,16 @@ def test_the_probe_draws_every_frame_anew_and_sees_whether_a_model_runs():
     def modelled(fig, x):
         fig.subplots().plot([0, net(torch.ones(1)).item() + x])
 
-    explorers = [widgets.explore(plain, x=(0, 3)), widgets.explore(modelled, x=(0, 3))]
+    def grown(fig, x):
+        fig.subplots().plot([0, tree.predict([[x]])[0]])
+
+    explorers = [widgets.explore(render, x=(0, 3)) for render in (plain, modelled, grown)]
     try:
         found = {e["name"]: e for e in probe(moves=30)}
     finally:
         for explorer in explorers:
             explorer.close()
-    assert not found["plain"]["model"] and found["modelled"]["model"]
+    assert {name: e["model"] for name, e in found.items()} == {"plain": False, "modelled": True, "grown": True}
     assert len(found["plain"]["frames"]) > 10  # three values: most moves come back to one that was drawn before
 
 

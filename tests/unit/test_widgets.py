@@ -310,6 +310,18 @@ def test_tick_labels_that_grow_get_the_room_they_need():
     assert wide > narrow + 0.04
 
 
+def test_margins_given_to_the_grid_are_kept_and_none_are_computed():
+    canvas, drawn = _frames.Canvas((4, 2), 50), []
+
+    def draw(fig):
+        drawn.append(fig.subplots(gridspec_kw={"left": 0.3, "right": 0.8, "bottom": 0.2, "top": 0.9}))
+        drawn.append(fig.add_axes((0.85, 0.2, 0.1, 0.7)))
+
+    canvas.draw(draw, {})
+    assert not canvas._margins
+    assert np.allclose(drawn[0].get_position().extents, (0.3, 0.2, 0.8, 0.9))
+
+
 def test_ticks_left_to_matplotlib_are_few_and_chosen_ones_are_kept():
     canvas, drawn = _frames.Canvas((8, 3), 50), []
 
