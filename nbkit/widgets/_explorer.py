@@ -51,7 +51,7 @@ def explore(
             are ints; a list, a menu; a dict label -> value, a menu; a bool, a tick box; a string, a line of text.
             Anything else is passed on unchanged.
         initial: where controls start, by name; for a menu the value or the label.
-        figsize, dpi: of the picture; inches and pixels an inch. An axis has up to six ticks, unless render sets them.
+        figsize, dpi: of the picture; inches and pixels an inch. An axis has up to seven ticks, unless render sets them.
         cache_bytes: frames kept, in bytes; 0 keeps none.
 
     Raises: TypeError (render does not take these names; a tuple that is no range), ValueError (no control, an empty

@@ -21,7 +21,9 @@ from matplotlib.ticker import AutoLocator
 from PIL import Image
 
 _MARGINS = ("left", "right", "bottom", "top", "wspace", "hspace")
-_INTERVALS = 5  # between the ticks of an axis, at most; up to nine is matplotlib's own choice, and a tick takes 1 ms
+# at most six intervals between the ticks of an axis, each 1, 2 or 5 times a power of ten (2.5 would put ticks between
+# the numbers of layers); matplotlib's own choice is up to nine, and a tick takes 1 ms
+_TICKS = {"nbins": 6, "steps": [1, 2, 5, 10]}
 
 
 class Canvas:
@@ -122,7 +124,7 @@ def _thin_ticks(ax) -> None:
     for axis in (ax.xaxis, ax.yaxis):
         locator = axis.get_major_locator()
         if axis.isDefault_majloc and type(locator) is AutoLocator:
-            locator.set_params(nbins=_INTERVALS)
+            locator.set_params(**_TICKS)
 
 
 @contextmanager

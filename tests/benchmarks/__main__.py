@@ -57,8 +57,9 @@ def notebooks(only: str) -> Iterator[str]:
 
     root, total = _paths.notebooks_dir(), 0.0
     yield (
-        "Run time with the kernel's start (at most 30 s, 60 s with the language model). Explorers: the 95th percentile "
-        "of the time from a move to the picture, each frame drawn anew (at most 150 ms, 500 ms where a model runs)."
+        "Run time from the kernel's start to the end of the last cell (at most 30 s, 60 s with the language model). "
+        "Explorers: the 95th percentile of the time from a move to the picture, each frame drawn anew (at most 150 ms, "
+        "500 ms where a model runs)."
     )
     columns = "notebook", "run time, s:", "explorer", "model runs", "frames:", "median, ms:", "p95, ms:"
     yield from ["", *_header(*columns)]

@@ -37,7 +37,6 @@ class Row:
     same_part: Callable[[Any], Any] = lambda value: value
     part: int = 1
     repeats: int = 7
-    tolerance: float = TOLERANCE
 
 
 @dataclass(frozen=True)
@@ -66,12 +65,11 @@ class Measured:
     ours_mb: float
     theirs_mb: float
     difference: float
-    tolerance: float = TOLERANCE
 
     @property
     def verdict(self) -> str:
         """``differs`` (the results do), ``short`` (a target missed), ``reached``, or nothing where there is none."""
-        if not self.difference <= self.tolerance:
+        if not self.difference <= TOLERANCE:
             return "differs"
         target, memory = self.entry.target, self.entry.memory_target
         missed = target is not None and self.ratio > target
@@ -108,7 +106,7 @@ def measure(entry: Entry) -> Measured:
     low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
     return Measured(
         entry, statistics.median(p[0] for p in pairs), statistics.median(p[1] for p in pairs),
-        statistics.median(ratios), (low, high), peak_mb(row.ours), peak_mb(row.theirs), difference, row.tolerance,
+        statistics.median(ratios), (low, high), peak_mb(row.ours), peak_mb(row.theirs), difference,
     )  # fmt: skip
 
 
