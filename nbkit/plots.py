@@ -228,18 +228,25 @@ def curves(
     return ax
 
 
-def _bar(
-    ax: Axes, place: float, values: Any, what: str, *, width: float, colour: str, label: str | None = None
-) -> None:
-    """A bar as high as the mean of ``values``, and the values on it as points, where there are several."""
-    values = np.atleast_1d(_array(values, what))
-    if values.ndim != 1:
-        raise ValueError(f"{what} has shape {values.shape}; it must be a list of values, [seeds]")
-    ax.bar(place, values.mean(), width, color=colour, alpha=0.55, label=label)
-    if len(values) > 1:
-        # beside each other in the order of the seeds, so that equal values do not hide one another
-        across = place + np.linspace(-0.28, 0.28, len(values)) * width
-        ax.plot(across, values, "o", markersize=4, color=colour, markeredgecolor="white", markeredgewidth=0.8)
+def _bars(
+    ax: Axes, places: Sequence[float], groups: Mapping[str, Any], *, width: float, colours: Sequence[str],
+    label: str | None = None,
+) -> None:  # fmt: skip
+    """A bar a group (by what to call it in an error), as high as its mean; its values, if several, as points on it."""
+    means, points = [], {colour: ([], []) for colour in colours}
+    for place, (what, values), colour in zip(places, groups.items(), colours, strict=True):
+        values = np.atleast_1d(_array(values, what))
+        if values.ndim != 1:
+            raise ValueError(f"{what} has shape {values.shape}; it must be a list of values, [seeds]")
+        means.append(values.mean())
+        if len(values) > 1:
+            # beside each other in the order of the seeds, so that equal values do not hide one another
+            points[colour][0].extend(place + np.linspace(-0.28, 0.28, len(values)) * width)
+            points[colour][1].extend(values)
+    ax.bar(places, means, width, color=colours, alpha=0.55, label=label)
+    for colour, (across, values) in points.items():  # all points of a colour at once: a call takes a millisecond
+        if values:
+            ax.plot(across, values, "o", markersize=4, color=colour, markeredgecolor="white", markeredgewidth=0.8)
 
 
 def _reference(ax: Axes, value: float | None, label: str) -> None:
@@ -275,8 +282,8 @@ def bars(
     """
     if not groups:
         raise ValueError("there are no groups to draw")
-    for place, (label, values) in enumerate(groups.items()):
-        _bar(ax, place, values, f"group {label!r}", width=0.65, colour=PALETTE[place % len(PALETTE)])
+    named = {f"group {label!r}": values for label, values in groups.items()}
+    _bars(ax, range(len(named)), named, width=0.65, colours=[PALETTE[k % len(PALETTE)] for k in range(len(named))])
     _reference(ax, reference, reference_label)
     if reference is not None:
         ax.legend()
@@ -307,11 +314,9 @@ def grouped(
     for k, (label, groups) in enumerate(settings.items()):
         if set(groups) != set(names):
             raise ValueError(f"setting {label!r} has the groups {sorted(groups)}, the first one {sorted(names)}")
-        colour = PALETTE[k % len(PALETTE)]
-        for place, name in enumerate(names):
-            middle = place + (k - (len(settings) - 1) / 2) * width
-            _bar(ax, middle, groups[name], f"group {name!r} of {label!r}", width=0.92 * width, colour=colour,
-                 label=label if place == 0 else None)  # fmt: skip
+        places = np.arange(len(names)) + (k - (len(settings) - 1) / 2) * width
+        named = {f"group {name!r} of {label!r}": groups[name] for name in names}
+        _bars(ax, places, named, width=0.92 * width, colours=[PALETTE[k % len(PALETTE)]] * len(names), label=label)
     _reference(ax, reference, reference_label)
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return _finish_bars(ax, names, ylabel, title)
