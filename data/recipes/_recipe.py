@@ -144,6 +144,16 @@ def work_option(name: str) -> dict[str, Any]:
     return {"type": Path, "default": folder, "help": "folder for what is finished (default: a temporary one)"}
 
 
+def seeds_option(seeds: int, what: str = "seeds") -> dict[str, Any]:
+    """The option ``--seeds``: how many are measured."""
+    return {"type": int, "default": seeds, "help": f"{what} 0 to SEEDS - 1 (default: {seeds})"}
+
+
+def part_option(*parts: str) -> dict[str, Any]:
+    """The option ``--part`` of a recipe whose parts can be measured one by one."""
+    return {"choices": ["all", *parts], "default": "all", "help": "what to measure (default: all)"}
+
+
 def run(build: Callable[..., list[Path]], doc: str, **options: dict[str, Any]) -> None:
     """The command line of a recipe: ``python data/recipes/<name>.py [--out FOLDER]``; prints what it wrote.
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from _recipe import Work, run, work_option, write_table
+from _recipe import Work, run, seeds_option, work_option, write_table
 
 TABLES = {"oasis2": ("Nondemented", "Demented"), "csf-biomarkers": ("Control", "Impaired")}
 TABLE_NAMES = ("metrics", "selection", "importance")
@@ -111,5 +111,4 @@ def build(out: Path, work: Path, seeds: int) -> list[Path]:
 
 
 if __name__ == "__main__":
-    seeds = {"type": int, "default": 10, "help": "splits 0 to SEEDS - 1 (default: 10)"}
-    run(build, __doc__, work=work_option("alzheimer-workflow"), seeds=seeds)
+    run(build, __doc__, work=work_option("alzheimer-workflow"), seeds=seeds_option(10, "splits"))

@@ -9,6 +9,9 @@ the same figures; another processor may differ in the last digits.
 
 from __future__ import annotations
 
+import copy
+import functools
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterable
@@ -16,7 +19,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from _recipe import Work, round_to_half, run, work_option, write_bytes, write_table
+from _recipe import Work, round_to_half, run, seeds_option, work_option, write_bytes, write_table
 
 PLANS = {"mobilenet-small": {"width": 0.5}, "vgg-small": {}}
 FIT = {"epochs": 3, "batch": 64, "lr": 2e-3, "optimizer": "adamw", "weight_decay": 1e-4}
@@ -83,11 +86,11 @@ class Measurements:
 
         return training.accuracy(model, self.data.x_test[:images], self.data.y_test[:images], batch=128)
 
-    def row(self, phase: str, criterion: str, kappa: float, measure: Callable) -> None:
-        """``measure()`` gives a model, its masks, and how many test images it is asked about."""
+    def measure(self, phase: str, criteria: Iterable[str], levels: Iterable[float], way: Callable) -> None:
+        """A row for each criterion and level; ``way`` gives a model, its masks and how many test images it sees."""
 
-        def compute() -> dict:
-            model, masks, images = measure()
+        def compute(criterion: str, kappa: float) -> dict:
+            model, masks, images = way(criterion, kappa)
             kept = masks.kept()
             return {
                 "accuracy": round(self.accuracy(model, images), 4),
@@ -98,45 +101,26 @@ class Measurements:
                 "short": len(self.method.below_minimum(masks)),
             }
 
-        key = {"model": self.name, "seed": self.seed, "phase": phase, "criterion": criterion, "kappa": kappa}
-        self.rows.append(key | self.work.once("-".join(map(str, key.values())), compute))
+        for criterion, kappa in itertools.product(criteria, levels):
+            key = {"model": self.name, "seed": self.seed, "phase": phase, "criterion": criterion, "kappa": kappa}
+            name = "-".join(map(str, key.values()))
+            self.rows.append(key | self.work.once(name, functools.partial(compute, criterion, kappa)))
 
-    def pruned(self, criterion: str, kappa: float):
-        import copy
+    def one_shot(self, criterion: str, kappa: float):
+        masks = self.mask(criterion, kappa)
+        return masks.apply(copy.deepcopy(self.model), keep_original=False), masks, TEST
 
-        return self.mask(criterion, kappa).apply(copy.deepcopy(self.model), keep_original=False)
+    def recalibrated(self, criterion: str, kappa: float):
+        model, masks, images = self.one_shot(criterion, kappa)
+        return self.method.recalibrate(model, self.data.x_train[:BATCH]), masks, images
 
-    def one_shot(self, criteria: Iterable[str], levels: Iterable[float]) -> None:
-        for criterion in criteria:
-            for kappa in levels:
-                self.row("one-shot", criterion, kappa,
-                         lambda c=criterion, k=kappa: (self.pruned(c, k), self.mask(c, k), TEST))  # fmt: skip
+    def fine_tuned(self, criterion: str, kappa: float):
+        masks = self.mask(criterion, kappa)
+        model = self.method.fine_tune(self.model, masks, self.few, seed=self.seed)
+        return model, masks, len(self.data.y_test)
 
-    def recalibrated(self, criteria: Iterable[str], levels: Iterable[float]) -> None:
-        def measure(criterion: str, kappa: float):
-            model = self.method.recalibrate(self.pruned(criterion, kappa), self.data.x_train[:BATCH])
-            return model, self.mask(criterion, kappa), TEST
-
-        for criterion in criteria:
-            for kappa in levels:
-                self.row("recalibrated", criterion, kappa, lambda c=criterion, k=kappa: measure(c, k))
-
-    def fine_tuned(self, criteria: Iterable[str], levels: Iterable[float]) -> None:
-        def measure(criterion: str, kappa: float):
-            masks = self.mask(criterion, kappa)
-            model = self.method.fine_tune(self.model, masks, self.few, seed=self.seed)
-            return model, masks, len(self.data.y_test)
-
-        for criterion in criteria:
-            for kappa in levels:
-                self.row("fine-tuned", criterion, kappa, lambda c=criterion, k=kappa: measure(c, k))
-
-    def gradual(self, levels: Iterable[float]) -> None:
-        def measure(kappa: float):
-            return *self.method.gradual(self.model, kappa, self.few, seed=self.seed), len(self.data.y_test)
-
-        for kappa in levels:
-            self.row("fine-tuned", "gradual", kappa, lambda k=kappa: measure(k))
+    def gradual(self, _, kappa: float):
+        return *self.method.gradual(self.model, kappa, self.few, seed=self.seed), len(self.data.y_test)
 
     def collapse_level(self) -> float:
         """The lowest of MT_LEVELS at which Global MP leaves some layer below the minimum of the script."""
@@ -145,18 +129,18 @@ class Measurements:
 
 def vgg(m: Measurements) -> None:
     criteria = m.method.CRITERIA
-    m.fine_tuned(criteria, FINE_TUNED)
-    m.fine_tuned(m.method.REPAIRS, FINE_TUNED[-1:])
-    m.gradual(FINE_TUNED)
-    m.one_shot(criteria, ONE_SHOT)
-    m.recalibrated(criteria, RECALIBRATED)
+    m.measure("fine-tuned", criteria, FINE_TUNED, m.fine_tuned)
+    m.measure("fine-tuned", m.method.REPAIRS, FINE_TUNED[-1:], m.fine_tuned)
+    m.measure("fine-tuned", ["gradual"], FINE_TUNED, m.gradual)
+    m.measure("one-shot", criteria, ONE_SHOT, m.one_shot)
+    m.measure("recalibrated", criteria, RECALIBRATED, m.recalibrated)
 
 
 def mobilenet(m: Measurements, collapsed: float) -> None:
     criteria = ("global", *m.method.REPAIRS, "uniform")
-    m.one_shot(criteria, MT_LEVELS)
-    m.recalibrated(criteria, MT_LEVELS)
-    m.fine_tuned(criteria, sorted({collapsed, *MT_FINE_TUNED}))
+    m.measure("one-shot", criteria, MT_LEVELS, m.one_shot)
+    m.measure("recalibrated", criteria, MT_LEVELS, m.recalibrated)
+    m.measure("fine-tuned", criteria, sorted({collapsed, *MT_FINE_TUNED}), m.fine_tuned)
 
 
 def build(out: Path, work: Path, seeds: int) -> list[Path]:
@@ -181,5 +165,4 @@ def build(out: Path, work: Path, seeds: int) -> list[Path]:
 
 
 if __name__ == "__main__":
-    seeds = {"type": int, "default": 3, "help": "seeds 0 to SEEDS - 1 (default: 3)"}
-    run(build, __doc__, work=work_option("global-magnitude-pruning"), seeds=seeds)
+    run(build, __doc__, work=work_option("global-magnitude-pruning"), seeds=seeds_option(3))

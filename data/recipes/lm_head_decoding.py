@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from _recipe import run, write_table
+from _recipe import part_option, run, write_table
 from torch import Tensor
 
 from nbkit import datasets, hooks, models, papers, runtime, training
@@ -197,4 +197,4 @@ def build(out: Path, part: str) -> list[Path]:
 
 
 if __name__ == "__main__":
-    run(build, __doc__, part={"choices": ["all", *PARTS], "default": "all", "help": "what to measure"})
+    run(build, __doc__, part=part_option(*PARTS))

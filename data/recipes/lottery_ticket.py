@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
-from _recipe import run, work_option, write_bytes, write_table
+from _recipe import run, seeds_option, work_option, write_bytes, write_table
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 
@@ -122,5 +122,4 @@ def build(out: Path, work: Path, seeds: int) -> list[Path]:
 
 
 if __name__ == "__main__":
-    seeds = {"type": int, "default": 3, "help": "seeds 0 to SEEDS - 1 (default: 3)"}
-    run(build, __doc__, work=work_option("lottery-ticket"), seeds=seeds)
+    run(build, __doc__, work=work_option("lottery-ticket"), seeds=seeds_option(3))

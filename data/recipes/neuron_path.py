@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from _recipe import run, write_table
+from _recipe import part_option, run, write_table
 
 from nbkit import datasets, models, neurons, papers, runtime
 
@@ -176,4 +176,4 @@ def build(out: Path, part: str) -> list[Path]:
 
 
 if __name__ == "__main__":
-    run(build, __doc__, part={"choices": ["all", "vit", "dinov2"], "default": "all", "help": "what to measure"})
+    run(build, __doc__, part=part_option("vit", "dinov2"))

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from _recipe import run, write_table
+from _recipe import part_option, run, write_table
 
 from nbkit import datasets, papers, runtime
 
@@ -229,5 +229,4 @@ def build(out: Path, part: str) -> list[Path]:
 
 
 if __name__ == "__main__":
-    parts = ["all", "mnist", "madelon", "width", "scores"]
-    run(build, __doc__, part={"choices": parts, "default": "all", "help": "what to measure (default: all)"})
+    run(build, __doc__, part=part_option("mnist", "madelon", "width", "scores"))

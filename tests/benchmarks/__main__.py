@@ -86,7 +86,6 @@ def rows(only: str) -> Iterator[str]:
     entries = [entry for entry in REGISTRY if only in f"{entry.name} {entry.beside}"]
     if not entries:
         return
-    runtime.deterministic()
     yield (
         "One process, in `runtime.deterministic()` as every notebook, the same model and inputs, called in turns; the "
         "ratio is the kit's time over the other's (median and quartiles over the pairs). Memory is the peak above the "
@@ -175,6 +174,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="the notebooks, rows and sweeps whose name holds this text")
     parser.add_argument("--part", nargs="+", choices=TITLES, default=list(TITLES), help="the others stay as they stand")
     args = parser.parse_args()
+    runtime.deterministic()  # as every notebook, for every part: memory that was freed stays with the process
     measures = {"notebooks": notebooks, "rows": rows, "growth": growth, "links": links}
     said, measured = list(_shown(head())), {}
     for name in TITLES:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from tests.benchmarks.rows import Row, row
+from tests.benchmarks.rows import Row, row, seconds
 
 VIT_LAYERS = [f"encoder.layer.{i}.mlp.activation_fn" for i in range(12)]
 OCCLUDED_AT_ONCE = 8
@@ -96,8 +96,6 @@ def _():
 
 @row("occlusion, the same, captum at its best of 1, 4, 8, 16 at once", "captum", target=0.7)
 def _():
-    from tests.benchmarks.rows import seconds
-
     tried = {at_once: _occlusion(at_once) for at_once in (1, 4, 8, 16)}
     return tried[min(tried, key=lambda at_once: seconds(tried[at_once].theirs))]
 
@@ -132,7 +130,7 @@ def _():
     layers = [f"0.{name}" for name in VIT_LAYERS]
     find = functools.partial(neurons.neuron_path, net, pictures[:1], 8, layers, steps=20)
     return Row(
-        ours=lambda: find(),
+        ours=find,
         theirs=lambda: find(reuse=False),
         # a unit's number is compared as it stands: another unit is another path
         value=lambda found: torch.cat([found.path.flatten().double(), found.joint.double()]),
@@ -189,16 +187,13 @@ def _permutation(net, x, y, n_repeats: int) -> Row:
 
 @row("permutation importance, MLP 64-100-100-10, 1,797 rows, 5 repeats", "scikit-learn", target=1 / 3)
 def _():
-    import torch
-
     from nbkit import datasets, models, training
 
     digits = datasets.load("digits")
     net = models.build("lenet-300-100", seed=0, inputs=64, hidden=(100, 100))
-    x = torch.cat([digits.x_train, digits.x_test]).flatten(1)
-    y = torch.cat([digits.y_train, digits.y_test])
-    training.fit(net, (x, y), steps=300, seed=0)
-    return _permutation(net.eval(), x, y, 5)
+    x = digits.x.flatten(1)
+    training.fit(net, (x, digits.y), steps=300, seed=0)
+    return _permutation(net.eval(), x, digits.y, 5)
 
 
 @row("permutation importance, LeNet-300-100 on MNIST, 1,000 rows, 1 repeat", "scikit-learn", target=1 / 3)

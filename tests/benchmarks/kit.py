@@ -67,12 +67,12 @@ class NotebookRun:
 
 def import_time(repeats: int = 7) -> tuple[float, list[str]]:
     """Median seconds of ``import nbkit`` in a fresh interpreter, and the heavy modules it brought along."""
-    seconds, heavy = [], []
+    times, heavy = [], []
     for _ in range(repeats):
         out = subprocess.run([sys.executable, "-c", _IMPORT], capture_output=True, text=True, check=True).stdout.split()
-        seconds.append(float(out[0]))
+        times.append(float(out[0]))
         heavy = out[1:]
-    return statistics.median(seconds), heavy
+    return statistics.median(times), heavy
 
 
 def yardstick(repeats: int = 25) -> tuple[float, float]:
