@@ -52,10 +52,7 @@ def explained(inputs: forward.Inputs, wrt: str | None = None) -> tuple[Tensor, C
 def _plain(x: Tensor, name: str) -> Tensor:
     if not x.is_floating_point():
         raise TypeError(f"{name} holds {x.dtype}; it must be floating to be varied a little")
-    if not x.is_inference():
-        return x.detach()
-    with torch.inference_mode(False):  # autograd cannot save a tensor made in that mode, but a copy made outside
-        return x.clone()
+    return x.detach()
 
 
 def batches(n: int, size: int | None = None) -> list[slice]:

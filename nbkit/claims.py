@@ -86,25 +86,26 @@ def check(
     name: str,
     claim: str,
     *,
-    ours: Mapping[str, float | Sequence[float]],
+    ours: Mapping[str, float | Sequence[float]] | float | Sequence[float],
     holds: bool,
     verdict: str,
     threshold: str,
-    paper: str | None = None,
+    paper: str | float | None = None,
     unit: str = "",
     note: str = "",
 ) -> Claim:
     """Record a claim of the paper ``slug`` and assert that its verdict is still true.
 
     ``ours`` maps what was measured to its values, one a seed or run (a list, array or tensor of shape ``[runs]``, or a
-    single number); the table shows their mean and sample standard deviation. ``holds`` is what this notebook computes;
-    ``verdict`` what it states: ``"holds"`` or ``"does not hold here"``. ``threshold`` says the rule behind ``holds``
-    in words, decided before the figures were seen. ``paper`` quotes the paper's own number, ``None`` where nobody
-    read it in the source. ``name`` tells a paper's claims apart. Make the call the last line of its cell: the output
-    is what ``CLAIMS.md`` is made of.
+    single number); without a name they are called "ours". The table shows their mean and sample standard deviation.
+    ``holds`` is what this notebook computes; ``verdict`` what it states: ``"holds"`` or ``"does not hold here"``.
+    ``threshold`` says the rule behind ``holds`` in words, decided before the figures were seen. ``paper`` quotes the
+    paper's own number, ``None`` where nobody read it in the source. ``name`` tells a paper's claims apart. Make the
+    call the last line of its cell: the output is what ``CLAIMS.md`` is made of.
 
     Raises: VerdictChanged (an AssertionError) where ``holds`` and ``verdict`` part; UnknownName (slug), ValueError
-    (verdict, empty values or texts), NotFinite (NaN or infinite values), TypeError (``holds`` is not a truth value).
+    (verdict, empty values or texts), NotFinite (NaN or infinite values), TypeError (``holds`` is not a truth value,
+    ``ours`` holds no numbers, ``paper``, ``unit`` or ``note`` is neither text nor number).
 
     >>> claims.check("neuron-path", "removal", "Removing the path hurts more than removing the largest activations",
     ...              ours={"neuron path": [.61, .58, .66], "activation": [.72, .70, .75]}, unit="p / p0",
@@ -116,10 +117,12 @@ def check(
     for field, text in (("name", name), ("claim", claim), ("threshold", threshold)):
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"{field} must be a text that says something, not {text!r}")
-    values = {str(label): _values(label, given) for label, given in dict(ours).items()}
+    named = dict(ours) if hasattr(ours, "keys") else {"ours": ours}
+    values = {str(label): _values(label, given) for label, given in named.items()}
     if not values:
         raise ValueError("ours is empty: give at least one measured quantity")
-    result = Claim(slug, name, claim, values, verdict, threshold, paper or None, unit, note)
+    paper, unit, note = _text("paper", paper) or None, _text("unit", unit), _text("note", note)
+    result = Claim(slug, name, claim, values, verdict, threshold, paper, unit, note)
     computed = HOLDS if _truth(holds) else FAILS
     if computed != verdict:
         raise VerdictChanged(
@@ -131,6 +134,8 @@ def check(
 
 def _values(label: str, given: Any) -> tuple[float, ...]:
     given = given.tolist() if hasattr(given, "tolist") else given  # arrays, tensors, Series
+    if isinstance(given, (str, Mapping)) or not isinstance(given, (numbers.Real, Iterable)):
+        raise TypeError(f"ours[{label!r}] must be a number or a list of numbers, not {type(given).__name__}")
     given = [given] if isinstance(given, numbers.Real) else list(given)
     if not given:
         raise ValueError(f"ours[{label!r}] is empty: give a value a run")
@@ -139,6 +144,14 @@ def _values(label: str, given: Any) -> tuple[float, ...]:
     if bad := [value for value in given if not math.isfinite(value)]:
         raise NotFinite(f"ours[{label!r}] holds {len(bad)} NaN or infinite values of {len(given)}")
     return tuple(float(value) for value in given)
+
+
+def _text(field: str, given: Any) -> str:
+    if isinstance(given, numbers.Real) and not isinstance(given, bool):
+        return str(given)
+    if not isinstance(given, str | None):
+        raise TypeError(f"{field} must be a text or a number, not {type(given).__name__}")
+    return given or ""
 
 
 def _truth(holds: Any) -> bool:

@@ -37,10 +37,13 @@ class NotFittedError(ValueError, AttributeError):
 
 
 def nearest(name: str, known: Iterable[str], n: int = 3) -> list[str]:
-    """The ``n`` names of ``known`` most like ``name``, best first."""
-    known = list(known)
-    close = difflib.get_close_matches(name, known, n=n, cutoff=0.5)
-    return close or [k for k in known if name and (name in k or k in name)][:n]
+    """The ``n`` names of ``known`` most like ``name``, whatever their case, best first."""
+    name, plain = name.lower(), {}
+    for k in known:
+        plain.setdefault(k.lower(), []).append(k)
+    close = difflib.get_close_matches(name, plain, n=n, cutoff=0.5)
+    close = close or [k for k in plain if name and (name in k or k in name)]
+    return [k for alike in close for k in plain[alike]][:n]
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -10,8 +10,10 @@ Every method of the kit is a function of (model, inputs, target). What those thr
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -53,7 +55,7 @@ def requiring_grad(parameters: Iterable[Tensor], needed: bool) -> Iterator[None]
 def check_inputs(inputs: Inputs, *, name: str = "inputs") -> Inputs:
     """Return ``inputs`` unchanged, or raise.
 
-    Raises: TypeError (neither tensor nor dict of tensors), ValueError (no examples), NotFinite (NaN or inf).
+    Raises: TypeError (neither tensor nor dict of tensors), ValueError (no examples, no values), NotFinite (NaN or inf).
     """
     tensors = inputs.items() if isinstance(inputs, Mapping) else [(name, inputs)]
     tensors = [(k, v) for k, v in tensors if isinstance(v, Tensor) or not isinstance(inputs, Mapping)]
@@ -65,6 +67,8 @@ def check_inputs(inputs: Inputs, *, name: str = "inputs") -> Inputs:
         if value.ndim == 0 or value.shape[0] == 0:
             raise ValueError(f"{key} is empty: its shape is {tuple(value.shape)}, and axis 0 must hold examples")
         # the sum of finite values is finite unless it overflows, and is much cheaper than looking at each
+        if value.is_meta:
+            raise ValueError(f"{key} is on the device meta, which holds shapes and no values")
         if value.is_floating_point() and not value.sum().isfinite() and not torch.isfinite(value).all():
             bad = (~torch.isfinite(value)).sum().item()
             raise NotFinite(f"{key} holds {bad} NaN or infinite values of {value.numel()}")
@@ -95,19 +99,49 @@ def take(inputs: Inputs, index: Any) -> Inputs:
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:
-    """``model(inputs)`` or, for a dict, ``model(**inputs)``; the output as the model gives it."""
-    return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+    """``model(inputs)`` or, for a dict, ``model(**inputs)``; the output as the model gives it.
+
+    The model gets a copy of floating inputs: its first operation may work in place.
+    """
+    if isinstance(inputs, Mapping):
+        return model(**{name: _copied(value) for name, value in inputs.items()})
+    return model(_copied(inputs))
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def outside_inference_mode(method: Callable) -> Callable:
+    """Let ``method(model, inputs, ...)`` be called under ``torch.inference_mode()``, where autograd follows nothing.
+
+    Tensors made in that mode are copied: autograd saves none of them, and nothing may be written into them outside.
+    """
+
+    @functools.wraps(method)
+    def outside(*args, **settings):
+        with torch.inference_mode(False):
+            return method(*map(_ordinary, args), **{name: _ordinary(value) for name, value in settings.items()})
+
+    return outside
+
+
+def _ordinary(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _ordinary(item) for name, item in value.items()}
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
 def first_tensor(output: Any) -> Tensor:
-    """The tensor a module's output is about: itself, ``.logits``, or the first tensor of a tuple or dict.
+    """The tensor a module's output is about: itself, its ``logits``, or the first tensor of a tuple or dict.
 
     Raises: TypeError where there is none.
     """
     if isinstance(output, Tensor):
         return output
-    if isinstance(getattr(output, "logits", None), Tensor):
-        return output.logits
+    named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if isinstance(named, Tensor):
+        return named
     values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
     for value in values:
         if isinstance(value, Tensor):
@@ -137,9 +171,9 @@ def resolve_target(output: Any, target: Target) -> Target:
     n, classes = values.shape
     if target is None:
         return values.argmax(1).detach()
-    if isinstance(target, bool) or not isinstance(target, (int, Tensor)):
+    if isinstance(target, bool) or not isinstance(target, (Integral, Tensor)):
         raise TypeError(f"target must be None, an int, a tensor of ints or a callable, not {type(target).__name__}")
-    index = torch.as_tensor(target, device=values.device)
+    index = torch.as_tensor(target if isinstance(target, Tensor) else int(target), device=values.device)
     if index.is_floating_point() or index.dtype == torch.bool:
         raise TypeError(f"target must hold ints, not {index.dtype}")
     index = index.long().expand(n) if index.ndim == 0 else index.long()

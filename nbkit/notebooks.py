@@ -277,7 +277,11 @@ def _run_one(path: Path, timeout: float) -> bool:
 
 
 def _check_one(path: Path) -> bool:
-    found = check(path)
+    try:
+        found = check(path)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return False
     for line in found:
         print(f"{path}: {line}", file=sys.stderr)
     return not found
@@ -289,6 +293,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("paths", nargs="*", type=Path, help="notebooks or folders (all of the kit's)")
     parser.add_argument("--timeout", type=float, default=600, help="seconds one cell may take")
     args = parser.parse_args(argv)
+    if missing := [str(path) for path in args.paths if not path.exists()]:
+        print(f"there is no {', '.join(missing)}", file=sys.stderr)
+        return 2
     paths = _find(args.paths)
     done = [_run_one(path, args.timeout) if args.action == "run" else _check_one(path) for path in paths]
     if args.action == "check":

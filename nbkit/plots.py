@@ -149,10 +149,8 @@ def overlay(
     size = (grey.shape[1], grey.shape[0])
     matrix = np.asarray(Image.fromarray(matrix.astype(np.float32)).resize(size, Image.Resampling.BILINEAR))
     low, high = colours["vmin"], colours["vmax"]
-    span = high - low or 1.0  # a map that is the same everywhere has nothing to show: it stays clear
-    rgba = matplotlib.colormaps[colours["cmap"]](np.clip((matrix - low) / span, 0, 1))
-    strength = np.abs(matrix) / high if low < 0 else (matrix - low) / span
-    rgba[..., 3] = alpha * np.clip(strength, 0, 1)
+    rgba = matplotlib.colormaps[colours["cmap"]](np.clip((matrix - low) / (high - low), 0, 1))
+    rgba[..., 3] = alpha * np.clip(np.abs(matrix) / max(abs(low), abs(high)), 0, 1)
     ax.imshow(grey, cmap="gray", vmin=0, vmax=1, interpolation="antialiased")
     ax.imshow(rgba, interpolation="antialiased")
     return _bare(ax, title)
@@ -350,12 +348,12 @@ def contributions(
     if (rest := len(values) - most + 1) > 1:
         labels, values = [f"{rest} more", *labels[rest:]], np.concatenate([[values[:rest].sum()], values[rest:]])
     starts = base + np.concatenate([[0.0], np.cumsum(values)[:-1]])
-    bars_ = ax.barh(range(len(values)), values, left=starts, color=[PALETTE[int(v > 0)] for v in values])
-    ax.bar_label(bars_, [f"{v:+.3g}" for v in values], padding=3, size=9)
+    ax.barh(range(len(values)), values, left=starts, color=[PALETTE[int(v > 0)] for v in values])
     ax.axvline(base, color="#555555", linestyle="--", linewidth=1.2)
-    ax.set_yticks(range(len(values)), labels)
+    # the numbers stand with the labels: as texts of their own beside the bars they take a third of a frame's time
+    ax.set_yticks(range(len(values)), [f"{label}   {v:+.3g}" for label, v in zip(labels, values, strict=True)])
     ends = np.concatenate([[base], starts, starts + values])
-    room = 0.15 * (np.ptp(ends) or 1.0)  # for the numbers beside the bars
+    room = 0.04 * (np.ptp(ends) or 1.0)
     ax.set(xlabel=xlabel, xlim=(ends.min() - room, ends.max() + room))
     if title is not None:
         ax.set_title(title)

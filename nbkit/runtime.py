@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import platform
 import random
@@ -23,13 +24,13 @@ def device(which: str = "auto"):
     """
     import torch
 
-    here = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
-    if which == "auto":
-        which = next(name for name, available in here.items() if available())
-    chosen = torch.device(which)
-    if not here.get(chosen.type, lambda: True)():
-        names = ", ".join(name for name, available in here.items() if available())
-        raise ValueError(f"device {which!r} is not available here; there is {names}")
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    names = [name for name, here in available.items() if here]
+    try:
+        chosen = torch.device(names[0] if which == "auto" else which)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, TypeError, AssertionError, NotImplementedError):
+        raise ValueError(f"device {which!r} is not available here; there is {', '.join(names)}") from None
     return chosen
 
 
@@ -51,17 +52,23 @@ def seed_everything(seed: int = 0):
     For the first cell of a script or notebook. The functions of the kit take an explicit ``seed`` or ``generator``
     and leave these global states alone.
 
-    Raises: ValueError for a seed outside 0 to 2**32 - 1.
+    Raises: ValueError for a seed outside 0 to 2**32 - 1, TypeError for one that is no int.
     """
     import numpy as np
     import torch
 
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed must lie in [0, 2**32), not {seed}")
+    seed = _checked_seed(seed)
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
     return torch.Generator().manual_seed(seed)
+
+
+def _checked_seed(seed: int) -> int:
+    seed = operator.index(seed)
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must lie in [0, 2**32), not {seed}")
+    return seed
 
 
 def deterministic(seed: int = 0, threads: int = 1):
@@ -70,16 +77,18 @@ def deterministic(seed: int = 0, threads: int = 1):
     More threads split sums differently, so the last digits of a float32 result depend on their number. Freed memory
     stays with the process (:func:`keep_freed_memory`). Returns the generator of :func:`seed_everything`.
 
-    Raises: ValueError for fewer than one thread.
+    Raises: ValueError for fewer than one thread; and as :func:`seed_everything`.
     """
     import torch
 
+    seed = _checked_seed(seed)  # before anything is changed
     if threads < 1:
         raise ValueError(f"threads must be at least 1, not {threads}")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this set
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # the same as use_deterministic_algorithms(True, warn_only=True), which also imports torch's compiler: 2 s
+    torch.set_deterministic_debug_mode("warn")
     keep_freed_memory()
     return seed_everything(seed)
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import gzip
 import hashlib
+import io
 import json
+import lzma
+import posixpath
 import subprocess
 import sys
 import tarfile
@@ -73,6 +76,28 @@ def from_apt(package: str, files: dict[str, str]) -> list[bytes]:
         return [verified((root / f).read_bytes(), sha, f"{package}: {f}") for f, sha in files.items()]
 
 
+def from_deb(package: str, version: str, sha: str) -> tuple[dict[str, bytes], dict[str, str]]:
+    """All of a Debian package that apt downloads (the package's hash is checked, nothing of it is installed).
+
+    Returns: path below / -> content of every file; path below / -> path below / of every symbolic link.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(["apt-get", "download", "-qq", f"{package}={version}"], cwd=folder, check=True)
+        (deb,) = Path(folder).glob("*.deb")
+        verified(deb.read_bytes(), sha, f"{package} {version}")
+        tree = subprocess.run(["dpkg-deb", "--fsys-tarfile", deb], check=True, capture_output=True).stdout
+    files, links = {}, {}
+    with tarfile.open(fileobj=io.BytesIO(tree)) as tar:
+        for member in tar:
+            path = posixpath.normpath(member.name)
+            if member.isfile():
+                files[path] = tar.extractfile(member).read()
+            elif member.issym():
+                target = posixpath.join("/", posixpath.dirname(path), member.linkname)
+                links[path] = posixpath.normpath(target).lstrip("/")
+    return files, links
+
+
 def idx(data: bytes) -> np.ndarray:
     """An array from the IDX bytes (gzipped or not) in which MNIST and its kin are published."""
     data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
@@ -102,9 +127,19 @@ def write_npz(path: Path, **arrays: np.ndarray) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """``data`` as it is; gzipped, without a time stamp, where the name ends in ``.gz``."""
+    """``data`` as it is; gzipped without a time stamp where the name ends in ``.gz``, as LZMA where in ``.xz``."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(gzip.compress(data, 9, mtime=0) if path.suffix == ".gz" else data)
+    if path.suffix == ".gz":
+        data = gzip.compress(data, 9, mtime=0)
+    elif path.suffix == ".xz":
+        data = lzma.compress(data, preset=9)
+    path.write_bytes(data)
+
+
+def write_records(path: Path, records: list[dict[str, Any]]) -> None:
+    """JSON lines in UTF-8, one record a line; compressed as ``write_bytes`` says."""
+    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    write_bytes(path, "".join(lines).encode())
 
 
 def write_table(path: Path, table: pd.DataFrame, **options: Any) -> None:

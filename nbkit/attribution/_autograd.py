@@ -31,10 +31,7 @@ _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "group
 @contextmanager
 def differentiating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode with autograd on, also inside the caller's ``no_grad``, and parameters outside the graph."""
-    with (
-        forward.evaluating(model), torch.inference_mode(False), torch.enable_grad(),
-        forward.requiring_grad(model.parameters(), False),
-    ):  # fmt: skip
+    with forward.evaluating(model), torch.enable_grad(), forward.requiring_grad(model.parameters(), False):
         yield
 
 

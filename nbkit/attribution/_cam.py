@@ -17,6 +17,7 @@ from nbkit.attribution._guided import guided_backprop
 Size = int | tuple[int, int] | None
 
 
+@forward.outside_inference_mode
 def grad_cam(
     model: nn.Module,
     inputs: forward.Inputs,
@@ -57,6 +58,7 @@ def grad_cam(
     return _cam(model, inputs, target, layer, _mean_gradient, relu, negate, size, with_weights, batch)
 
 
+@forward.outside_inference_mode
 def grad_cam_plus_plus(
     model: nn.Module,
     inputs: forward.Inputs,
@@ -84,6 +86,7 @@ def grad_cam_plus_plus(
     return _cam(model, inputs, target, layer, _plus_plus, relu, negate, size, with_weights, batch)
 
 
+@forward.outside_inference_mode
 def guided_grad_cam(
     model: nn.Module,
     inputs: Tensor,
@@ -192,11 +195,10 @@ def _tail_gradient(
         # the forward up to here ran without a graph; from here on autograd records, starting from this leaf
         torch.set_grad_enabled(True)
         taps[:] = [tensor.detach().requires_grad_()]
-        # a copy goes on: an in-place activation may follow, and a leaf cannot be overwritten
-        return taps[0].clone()
+        return taps[0]  # replace hands on a copy: an in-place activation may follow, and a leaf cannot be overwritten
 
     # no_grad ends what the tap turned on, so that the caller gets back the mode it had
-    with forward.evaluating(model), torch.inference_mode(False), torch.no_grad():
+    with forward.evaluating(model), torch.no_grad():
         with hooks.edit(model, {layer: hooks.replace(tap)}):
             score = forward.scores(forward.call(model, inputs), target)
         return taps[0].detach(), gradient_of(score, taps[0], f"layer {layer!r}")
@@ -208,5 +210,5 @@ def _report_empty(maps: Tensor, layer: str) -> None:
         warnings.warn(
             f"examples {empty}: the map at layer {layer!r} is zero everywhere, since every weighted sum is negative or "
             "zero; relu=False shows the signed map",
-            stacklevel=4,
+            stacklevel=5,
         )

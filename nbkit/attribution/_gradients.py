@@ -14,6 +14,7 @@ from nbkit.attribution._autograd import differentiating, input_gradient
 from nbkit.errors import NotFinite
 
 
+@forward.outside_inference_mode
 def saliency(
     model: nn.Module,
     inputs: forward.Inputs,
@@ -50,6 +51,7 @@ def saliency(
     return gradient.abs() if absolute else gradient
 
 
+@forward.outside_inference_mode
 def input_x_gradient(
     model: nn.Module,
     inputs: forward.Inputs,
@@ -71,6 +73,7 @@ def input_x_gradient(
     return x.cpu() * saliency(model, inputs, target, batch=batch, wrt=wrt)
 
 
+@forward.outside_inference_mode
 def integrated_gradients(
     model: nn.Module,
     inputs: forward.Inputs,
@@ -134,6 +137,7 @@ def _start(baseline: float | Tensor, x: Tensor) -> Tensor:
         raise ValueError(f"a baseline of shape {shapes}") from None
 
 
+@forward.outside_inference_mode
 def smooth_grad(
     model: nn.Module,
     inputs: forward.Inputs,

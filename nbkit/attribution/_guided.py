@@ -20,6 +20,7 @@ _NO_RULE = {
 }  # fmt: skip
 
 
+@forward.outside_inference_mode
 def guided_backprop(
     model: nn.Module,
     inputs: forward.Inputs,

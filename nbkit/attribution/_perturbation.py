@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,12 +20,7 @@ _SMALL = 64 * 64  # pixels: below, a whole picture costs less than following its
 _ENOUGH = 16  # rows: above, patches gain nothing by being more
 
 
-@contextmanager
-def _predicting(model: nn.Module, *, inference: bool = True) -> Iterator[None]:
-    with forward.evaluating(model), torch.inference_mode() if inference else torch.no_grad():
-        yield
-
-
+@forward.outside_inference_mode
 def occlusion(
     model: nn.Module,
     inputs: forward.Inputs,
@@ -75,7 +69,7 @@ def occlusion(
     starts, window = _grid(axes, window, stride)
     boxes = list(itertools.product(*starts))
     rows = default_batch(x, batch)
-    with _predicting(model):
+    with forward.evaluating(model), torch.no_grad():
         target = fixed_target(model, put, x, target, rows)
         clean = _scores(model, put, x, target, rows)
     covered = None
@@ -120,7 +114,7 @@ def _scores(model: nn.Module, put: Callable, x: Tensor, target: forward.Target, 
 def _covered(model, put, x, target, boxes, window, fill, rows) -> Tensor:
     """Scores of all covered copies, ``[N, len(boxes)]``."""
     found = []
-    with _predicting(model):
+    with forward.evaluating(model), torch.no_grad():
         for part in batches(x.shape[0] * len(boxes), rows):
             row = torch.arange(part.start, part.stop, device=x.device)
             index = row // len(boxes)
@@ -144,7 +138,7 @@ def _worth_following(model: nn.Module, x: Tensor, window: tuple[int, ...]) -> bo
 def _covered_by_windows(model, put, x, target, boxes, window, fill, rows) -> Tensor | None:
     """As :func:`_covered`, following only what each window reaches; ``None`` for a model where that cannot be done."""
     try:
-        with _predicting(model, inference=False):
+        with forward.evaluating(model), torch.no_grad():
             found = [_followed(model, put, x, target, i, boxes, window, fill, rows) for i in range(x.shape[0])]
     except Exception:  # the model does what patches cannot follow; if it is broken, the plain run says how
         return None
@@ -181,6 +175,7 @@ def _spread(fall: Tensor, x: Tensor, boxes: list[tuple[int, ...]], window: tuple
     return pixels.view(-1, *[1] * (x.ndim - 1 - len(axes)), *axes).expand(x.shape).contiguous()
 
 
+@forward.outside_inference_mode
 def rise(
     model: nn.Module,
     inputs: forward.Inputs,
@@ -230,7 +225,7 @@ def rise(
     cells = (torch.rand(masks, grid, grid, generator=generator) < p).to(x.dtype)
     shift = torch.rand(masks, 2, generator=generator)
     maps = torch.zeros(n, *size, dtype=x.dtype, device=x.device)
-    with _predicting(model):
+    with forward.evaluating(model), torch.no_grad():
         target = fixed_target(model, put, x, target, rows)
         # mask-major: one mask after the other meets all examples
         for part in batches(n * masks, rows):

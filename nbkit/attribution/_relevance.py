@@ -45,6 +45,7 @@ _SCALED = {
 }  # fmt: skip
 
 
+@forward.outside_inference_mode
 def layer_relevance(
     model: nn.Module,
     inputs: forward.Inputs,
@@ -92,7 +93,7 @@ def layer_relevance(
 
     >>> layer_relevance(model, images, target=3, rule="zplus", bias=False).sum((1, 2, 3))
     """
-    _check_rules(model, rule, epsilon, gamma)
+    rule = _checked_rules(model, rule, epsilon, gamma)
     names = [] if layer is None else hooks.resolve(model, layer)
     x, put = explained(inputs, wrt)
     forward.check_device(model, inputs)
@@ -261,15 +262,25 @@ def _tensors(value: Any) -> Iterable[Tensor]:
             yield from _tensors(item)
 
 
-def _check_rules(model: nn.Module, rule: str | Mapping[str, str], epsilon: float, gamma: float) -> None:
-    for one in [rule] if isinstance(rule, str) else rule.values():
-        if one not in RULES:
-            raise ValueError(f"rule must be {', '.join(map(repr, RULES[:-1]))} or {RULES[-1]!r}, not {one!r}")
-    if not isinstance(rule, str):
+def _checked_rules(
+    model: nn.Module, rule: str | Mapping[str, str], epsilon: float, gamma: float
+) -> str | dict[str, str]:  # fmt: skip
+    if isinstance(rule, Mapping):
         known = {name for name, _ in model.named_modules()} | {type(m).__name__ for m in model.modules()}
         for key in rule:
             if key not in known:
                 raise LayerNotFound(f"rule names {key!r}, neither a layer nor a class{did_you_mean(key, known)}")
+        rule = {key: _checked_rule(one) for key, one in rule.items()}
+    else:
+        rule = _checked_rule(rule)
     for name, value in (("epsilon", epsilon), ("gamma", gamma)):
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"{name} must be finite and at least 0, not {value}")
+    return rule
+
+
+def _checked_rule(rule: str) -> str:
+    plain = str(rule).replace("-", "").replace("_", "")  # z-plus and z_plus are the same
+    if plain not in RULES:
+        raise ValueError(f"rule must be {', '.join(map(repr, RULES[:-1]))} or {RULES[-1]!r}, not {rule!r}")
+    return plain

@@ -18,6 +18,7 @@ Head = nn.Module | Callable[[Tensor], Tensor]
 METHODS = ("sobol", "gradient", "tcav", "ablation")
 
 
+@forward.outside_inference_mode
 def concept_importance(
     head: Head, codes: Tensor, dictionary: Tensor | Factorization, target: forward.Target = None, *,
     method: str = "sobol", n: int = 64, seed: int = 0, batch: int = 256, per_example: bool = False,
@@ -144,7 +145,7 @@ def _mean(each: Tensor) -> Tensor:
     if constant.any():
         warnings.warn(
             f"{int(constant.sum())} of {len(each)} examples have a constant score and were left out",
-            RuntimeWarning, stacklevel=3,
+            RuntimeWarning, stacklevel=4,
         )  # fmt: skip
     return each[~constant].mean(0)
 
@@ -169,4 +170,5 @@ def _checked(
         raise ValueError(f"batch must be at least 1, not {batch}")
     parameter = next(head.parameters(), None) if isinstance(head, nn.Module) else None
     codes = codes.detach() if parameter is None else codes.detach().to(parameter)
-    return codes, dictionary.detach(), offset
+    # copies, because autograd saves no tensor that was made in inference mode
+    return codes, dictionary.detach().clone(), None if offset is None else offset.clone()

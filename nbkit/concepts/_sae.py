@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 
+@torch.inference_mode(False)  # autograd follows nothing in that mode
 def train(
     activations: Tensor, k: int, *, seed: int, penalty: float = 0.05, steps: int = 1000, batch: int = 256,
     learning_rate: float = 3e-3,

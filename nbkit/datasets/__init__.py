@@ -16,13 +16,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from nbkit.datasets._catalogue import CATALOGUE
+from nbkit.datasets._texts import Dictionary, Retrieval
 from nbkit.datasets._types import About, Dataset, Pictures, Table, Tensors, Texts
 from nbkit.errors import UnknownName, did_you_mean
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["About", "Dataset", "Pictures", "Table", "Tensors", "Texts", "about", "load", "names", "results", "tensors"]
+__all__ = [
+    "About", "Dataset", "Dictionary", "Pictures", "Retrieval", "Table", "Tensors", "Texts",
+    "about", "load", "names", "results", "tensors",
+]  # fmt: skip
 
 
 def names() -> list[str]:
@@ -40,8 +44,11 @@ def about(name: str) -> About:
     return CATALOGUE[name]
 
 
-def load(name: str) -> Tensors | Table | Pictures | Texts:
-    """Load a data set: ``Tensors`` (images, series), ``Table``, ``Pictures`` or ``Texts``; see each for its fields.
+def load(name: str) -> Tensors | Table | Pictures | Texts | Retrieval | Dictionary:
+    """Load a data set.
+
+    Returns: ``Tensors`` (images, series), ``Table``, ``Pictures``, ``Texts``, ``Retrieval`` or ``Dictionary``; see each
+    for its fields.
 
     Every call returns fresh data on the CPU, so changing it in place changes nothing for anybody else.
 

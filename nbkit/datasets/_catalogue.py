@@ -72,6 +72,15 @@ _ALL = [
           f"{NEURO} (R package modeldata)", "MIT as packaged; original CC BY 4.0 (UCI, Sakar et al., 2019)",
           "tables/parkinson-speech.csv.gz", "aa590226e5679b528fc53061fd4c1fd3c3b283443e2f61e8e0247c65ee18360a",
           ("control", "PD"), "One row a subject: the three recordings of each averaged by modeldata."),
+    About("sleep-stages", "Sleep stages of 62 nights, as they were scored", 93556, (5,), "classification", True,
+          f"{NEURO} (R package ctsfeatures)", "GPL-2 as packaged", "tables/sleep-stages.csv.gz",
+          "f13c0930efc87b054cd95bff72a062d5a3357ce47bcef13b83a538f01a98697c",
+          ("W", "R", "S1", "S2", "S3", "S4", "MT"),
+          "No EEG or other signal: one row a mark of the scorer. epoch is 1 for the regular 30-second epochs and 0 for "
+          "31,467 marks between them, which nearly always repeat the stage: leave those out to predict stages. "
+          "hours since the night's first row; clock in hours from midnight; previous: y of the row before; minutes: "
+          "how long that stage had lasted. groups is the night; 50 and 51 are nearly the same and share a group. "
+          "All are patients; which disorder they have is lost in this copy (Class in frame is 1 throughout)."),
     About("movement-libras", "Hand movements of Brazilian sign language", 360, (90,), "classification", True, KEEL, UCI,
           "tables/movement-libras.csv.gz", "d0da4d3d1406f74f87fc099dabcdef0001b227de9e6c19d8723b9d2860e718a2",
           tuple(map(str, range(1, 16))), f"45 (x, y) positions in time order, scaled to [0, 1]. {REPEATS}"),
@@ -90,6 +99,16 @@ _ALL = [
           "LGPL-2.1 as packaged (Lee, Pincombe and Welsh, 2005)", "text/lee.txt.gz",
           "84e964b854c35b4874b35b50416d079c563269d8adf6cdba1c62827df4d4f4a9",
           notes=".texts is the background collection, .test the 50 documents people compared in the study."),
+    About("manpages", "Linux manual pages and the pages they refer to", 1100, None, "retrieval", True,
+          "apt manpages and manpages-dev 6.03-2", "each its own: see .licences (texts in manpages-licences.txt)",
+          "text/manpages.jsonl.xz", "adb53b6002eb3f80bbda9927805f026d16639f7d615841dc1fd521baec67591a",
+          notes="A query is a page's one-line description. Relevant are that page (2) and the pages its authors name "
+          "under SEE ALSO (1); 48 pages name none of this collection. Documents lack NAME, SEE ALSO and COLOPHON. 90 "
+          "queries are not unique (four pages copy memory area)."),
+    About("wordnet", "WordNet 3.0: definitions and their words", 117659, None, "retrieval", True,
+          "apt wordnet-base 1:3.0-37", "WordNet licence (Princeton University): data/text/wordnet-licence.txt",
+          "text/wordnet.jsonl.xz", "848291ea8dbdad6fb248c19c8f6d8528795b356b125393b70cec5fb685fb97a8",
+          notes="One entry a synset. 6,742 definitions contain one of their own words; 962 repeat an earlier one."),
 ]  # fmt: skip
 
 CATALOGUE: dict[str, About] = {about.name: about for about in _ALL}

@@ -5,12 +5,15 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import json
+import lzma
 import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 
 from nbkit._paths import data_dir
 from nbkit.datasets._catalogue import CATALOGUE, FOOLBOX, LEE_50
+from nbkit.datasets._texts import Dictionary, Retrieval
 from nbkit.datasets._types import About, Dataset, Pictures, Table, Tensors, Texts
 
 
@@ -112,6 +115,31 @@ def parkinson_speech(about: About) -> Table:
     return _table(about, frame.drop(columns="class"), frame["class"], frame)
 
 
+def sleep_stages(about: About) -> Table:
+    """The source sorts a night by clock time, midnight first; here the evening comes first, as it was slept."""
+    import pandas as pd
+
+    frame = _read_csv(about)
+    seconds = pd.to_timedelta(frame["Time"]).dt.total_seconds().astype("int64")
+    frame["clock"] = seconds.where(seconds < 12 * 3600, seconds - 24 * 3600) / 3600
+    frame = frame.sort_values(["Series", "clock"], ignore_index=True)
+
+    night, clock = frame["Series"], frame.pop("clock")
+    y = frame["Value"].map({c: i for i, c in enumerate(about.classes)})
+    hours = clock - clock.groupby(night).transform("first")
+    previous = y.groupby(night).shift()
+    began = hours.where(y != previous).ffill()
+    second = (clock * 3600).round().astype("int64") % 30
+    X = pd.DataFrame({
+        "hours": hours,
+        "clock": clock,
+        "previous": previous,
+        "minutes": 60 * (hours - began.groupby(night).shift()),
+        "epoch": (second == second.groupby(night).transform(lambda s: s.mode()[0])).astype("int64"),
+    })  # fmt: skip
+    return _table(about, X, frame["Value"], frame, night.replace(51, 50).rename("night"))
+
+
 def keel(about: About) -> Table:
     """No header; the last column is the class, numbered from 0 or (movement-libras) from 1."""
     frame = _read_csv(about, header=None)
@@ -125,6 +153,32 @@ def lee(about: About) -> Texts:
         return tuple(gzip.decompress(shipped(file, sha256)).decode("latin-1").strip().split("\n"))
 
     return Texts(about, lines(about.file, about.sha256), lines(*LEE_50))
+
+
+def _records(about: About) -> list[dict]:
+    return [json.loads(line) for line in lzma.decompress(shipped(about.file, about.sha256)).splitlines()]
+
+
+def manpages(about: About) -> Retrieval:
+    pages = _records(about)
+    return Retrieval(
+        about,
+        documents={p["id"]: p["text"] for p in pages},
+        queries={p["id"]: p["query"] for p in pages},
+        relevance={p["id"]: {p["id"]: 2} | dict.fromkeys(p["related"], 1) for p in pages},
+        licences={p["id"]: p["licence"] for p in pages},
+    )
+
+
+def wordnet(about: About) -> Dictionary:
+    synsets = _records(about)
+    return Dictionary(
+        about,
+        words=tuple(tuple(s["words"]) for s in synsets),
+        definitions=tuple(s["definition"] for s in synsets),
+        examples=tuple(tuple(s["examples"]) for s in synsets),
+        parts=tuple(s["part"] for s in synsets),
+    )
 
 
 # File and licence as the two libraries state it (skimage.data docstrings, sklearn/datasets/images/README.txt).
@@ -203,8 +257,9 @@ LOADERS = {
     "photos": photos, "imagenet-sample": imagenet_sample, "cifar-sample": cifar_sample,
     "oasis2": oasis2, "csf-biomarkers": csf_biomarkers,
     "parkinson-voice": parkinson_voice, "parkinson-speech": parkinson_speech,
+    "sleep-stages": sleep_stages,
     "movement-libras": keel, "spambase": keel, "optdigits": keel,
-    "lee": lee,
+    "lee": lee, "manpages": manpages, "wordnet": wordnet,
 }  # fmt: skip
 
 

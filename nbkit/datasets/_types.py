@@ -1,4 +1,7 @@
-"""What ``load`` returns: one small frozen dataclass for each kind of data, each with a view worth looking at."""
+"""What ``load`` returns: one small frozen dataclass for each kind of data, each with a view worth looking at.
+
+Two of them are equal only where they are the same object: arrays and tables have no single answer to ``==``.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +59,7 @@ class About:
         return f"<b>{html.escape(self.title)}</b> <code>{self.name}</code><table>{cells}</table>"
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Dataset:
     """What every data set has: ``about``; the subclasses hold the data."""
 
@@ -74,7 +77,7 @@ class Dataset:
         return self.about._repr_html_()
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Tensors(Dataset):
     """Images or series with labels, as tensors on the CPU.
 
@@ -123,7 +126,7 @@ class Tensors(Dataset):
         return super()._repr_html_() + _strip(pictures, labels)
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Table(Dataset):
     """A table: features ``X`` (DataFrame of numbers), target ``y`` (Series), ``groups`` (Series of subjects, or None).
 
@@ -158,7 +161,7 @@ class Table(Dataset):
         return super()._repr_html_() + head.to_html()
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Pictures(Dataset):
     """Photographs of varying size: ``images`` a dict name -> uint8 array ``[H, W, 3]``; ``licences`` by name.
 
@@ -178,7 +181,7 @@ class Pictures(Dataset):
         from nbkit.errors import UnknownName, did_you_mean
 
         if name not in self.images:
-            raise UnknownName(f"{self.name} has no picture {name!r}{did_you_mean(name, self.images)}")
+            raise UnknownName(f"{self.name} has no picture {name!r}{did_you_mean(str(name), self.images)}")
         return self.images[name]
 
     def __len__(self) -> int:
@@ -216,7 +219,7 @@ class Pictures(Dataset):
         return super()._repr_html_() + _strip([self.images[n] for n in names], labels)
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Texts(Dataset):
     """Short documents: ``texts`` and, where the set has them, ``test`` (another part of the same kind)."""
 

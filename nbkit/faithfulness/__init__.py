@@ -1,6 +1,7 @@
 """Does an attribution say what the model does? Checks that need the model, or a known object, and no human eye.
 
-``maps`` are attributions: ``[N, H, W]``, or shaped like the inputs (several channels of a pixel are added up).
+``maps`` are attributions: ``[N, H, W]``, or shaped like the inputs (several channels of a pixel are added up). Of
+inputs ``[N, T, F]`` they are ``[N, T]`` for tokens, or ``[N, T, F]`` for every number.
 
 ============================  ======================================================================================
 :func:`deletion`              remove the most important pixels first: the score should fall early (low area)

@@ -16,7 +16,7 @@ from nbkit.errors import NotFinite
 from nbkit.faithfulness._maps import pixels, ranks
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Curve:
     """Scores along a deletion or insertion: ``fractions`` ``[S + 1]``, ``scores`` ``[N, S + 1]``, ``auc`` ``[N]``."""
 
@@ -43,6 +43,7 @@ class Curve:
         return f'<div>{self!r}<br><svg width="224" height="104" viewBox="-2 -2 224 104">{frame}{each}{mean}</svg></div>'
 
 
+@forward.outside_inference_mode
 def deletion(
     model: nn.Module,
     inputs: forward.Inputs,
@@ -59,12 +60,14 @@ def deletion(
     """The score while pixels are replaced by ``fill``, the most important first. A faithful map has a low area.
 
     Args:
-        maps: attributions of the inputs, ``[N, H, W]`` or shaped like the inputs; ``[N, F]`` for features.
+        maps: attributions of the inputs ``[N, C, H, W]``, ``[N, H, W]`` or shaped like the inputs (channels add up);
+            ``[N, F]`` for features. Of inputs ``[N, T, F]`` or ``[N, H, W]``, maps of that shape take number by number,
+            ``[N, T]`` token by token, ``[N, 1, F]`` one place of all rows after the other.
         target: as everywhere; ``None`` is the class of the whole example, held while pixels go.
         steps: how many equal parts the pixels are replaced in.
         fill: a number, or a tensor that broadcasts to the inputs.
         probability: follow the softmax probability of the class; ``False`` follows the logit. The value of a callable
-            target is taken as it is.
+            target is taken as it is, and so is the output of a model that has only one.
         seed: breaks ties (many pixels of equal importance) at random instead of from the top left.
         batch: rows in one forward, which bounds memory; ``None``: about a million input numbers.
 
@@ -83,6 +86,7 @@ def deletion(
     return _curve("deletion", model, inputs, maps, target, steps, probability, seed, batch, wrt, other=end)
 
 
+@forward.outside_inference_mode
 def insertion(
     model: nn.Module,
     inputs: forward.Inputs,
@@ -110,7 +114,9 @@ def insertion(
     """
 
     def begin(x: Tensor) -> Tensor:
-        return _blurred(x) if start is None and x.ndim == 4 else _broadcast(0.0 if start is None else start, x, "start")
+        if start is None and x.ndim == 4:
+            return _blurred(x)
+        return _broadcast(0.0 if start is None else start, x, "start")
 
     return _curve("insertion", model, inputs, maps, target, steps, probability, seed, batch, wrt, other=begin)
 
@@ -135,14 +141,13 @@ def _curve(
     other, rank = other(x), ranks(pixels(maps, x), seed).to(x.device)
     n, rows = x.shape[0], default_batch(x, batch)
     counts = torch.linspace(0, rank[0].numel(), steps + 1, dtype=torch.float64).round().long().to(x.device)
-    shape = [-1, *[1] * (x.ndim - rank.ndim), *rank.shape[1:]]
     found = []
-    with forward.evaluating(model), torch.inference_mode():
+    with forward.evaluating(model), torch.no_grad():
         target = fixed_target(model, put, x, target, rows)
         for part in batches(n * (steps + 1), rows):
             row = torch.arange(part.start, part.stop, device=x.device)
             index, step = row // (steps + 1), row % (steps + 1)
-            first = (rank[index] < counts[step].view([-1] + [1] * (rank.ndim - 1))).view(shape)
+            first = rank[index] < counts[step].view([-1] + [1] * (rank.ndim - 1))
             shown = first if name == "insertion" else ~first
             copies = torch.where(shown, x[index], other[index])
             output = forward.call(model, put(copies, index))
@@ -153,8 +158,9 @@ def _curve(
 
 
 def _score(output: Any, target: forward.Target, probability: bool) -> Tensor:
-    if probability and not callable(target):
-        output = forward.first_tensor(output).softmax(-1)
+    values = forward.first_tensor(output)
+    if probability and not callable(target) and values.shape[-1] > 1:
+        output = values.softmax(-1)
     return forward.scores(output, target)
 
 

@@ -13,6 +13,7 @@ from nbkit._rows import batches, default_batch, explained, fixed_target, target_
 from nbkit.faithfulness._maps import finite
 
 
+@forward.outside_inference_mode
 def infidelity(
     model: nn.Module,
     inputs: forward.Inputs,
@@ -58,8 +59,8 @@ def infidelity(
         raise ValueError(f"maps of shape {tuple(maps.shape)} must be shaped like the inputs, {tuple(x.shape)}")
     n, rows = x.shape[0], default_batch(x, batch)
     generator = torch.Generator().manual_seed(seed)
-    said_said, said_did, did_did = (torch.zeros(n, dtype=torch.float64) for _ in range(3))
-    with forward.evaluating(model), torch.inference_mode():
+    with forward.evaluating(model), torch.no_grad():
+        said_said, said_did, did_did = (torch.zeros(n, dtype=torch.float64) for _ in range(3))
         target = fixed_target(model, put, x, target, rows)
         everyone = torch.arange(n, device=x.device)
         parts = batches(n, rows)

@@ -22,14 +22,22 @@ def finite(maps: Tensor) -> Tensor:
 
 
 def pixels(maps: Tensor, x: Tensor) -> Tensor:
-    """Maps at one value a pixel, ``[N, H, W]`` (or ``[N, F]``). Raises ValueError, NotFinite."""
-    maps = finite(maps)
-    wanted = (x.shape[0], *x.shape[2:]) if x.ndim > 2 else tuple(x.shape)
-    if maps.ndim == x.ndim and x.ndim > 2:
-        maps = maps.sum(1) if maps.shape[1] in (1, x.shape[1]) else maps
-    if tuple(maps.shape) != wanted:
-        raise ValueError(f"maps of shape {tuple(maps.shape)} do not fit the inputs {tuple(x.shape)}; give {wanted}")
-    return maps
+    """Maps at one value for what goes at once, shaped to broadcast to ``x``.
+
+    A pixel of ``[N, C, H, W]`` goes with all its channels, of which maps are added up. Of ``[N, A, B]`` maps of that
+    shape rank every number (a grey picture), ``[N, A]`` rows (tokens), ``[N, 1, B]`` columns (places of a signal).
+
+    Raises: ValueError (other shapes), NotFinite.
+    """
+    maps, shape = finite(maps), tuple(x.shape)
+    n, rest = shape[0], shape[2:]
+    fits = {2: [shape], 3: [shape, shape[:2], (n, 1, *rest)]}.get(x.ndim, [(n, *rest), shape, (n, 1, *rest)])
+    if tuple(maps.shape) not in fits:
+        given = f"maps of shape {tuple(maps.shape)} do not fit the inputs {shape}"
+        raise ValueError(f"{given}; give {' or '.join(map(str, fits))}")
+    if x.ndim < 4:
+        return maps if maps.ndim == x.ndim else maps[..., None]
+    return maps[:, None] if maps.ndim < x.ndim else maps.sum(1, keepdim=True)
 
 
 def ranks(maps: Tensor, seed: int) -> Tensor:

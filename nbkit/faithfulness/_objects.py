@@ -29,7 +29,7 @@ def pointing_game(maps: Tensor, regions: Tensor, *, tolerance: float = 0) -> Ten
     """
     maps = _plane(maps)
     masks = _regions(regions, maps)
-    if tolerance < 0:
+    if not tolerance >= 0:  # so that NaN is refused too
         raise ValueError(f"tolerance must be at least 0 pixels, not {tolerance}")
     if tolerance > 0:
         from scipy.ndimage import distance_transform_edt

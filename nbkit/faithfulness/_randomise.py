@@ -15,7 +15,7 @@ from nbkit.faithfulness._maps import rank_correlation
 Method = Callable[[nn.Module, forward.Inputs, forward.Target], Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Randomization:
     """``layers`` in the order they were randomised and ``correlations`` ``[len(layers), N]`` with the original maps."""
 
@@ -37,6 +37,7 @@ class Randomization:
         return f"<table>{head}{rows}</table>"
 
 
+@forward.outside_inference_mode
 def randomization_check(
     model: nn.Module,
     inputs: forward.Inputs,
@@ -53,10 +54,10 @@ def randomization_check(
     A method that explains the model must give other maps for a random one; maps that stay the same show the picture.
 
     Args:
-        method: ``(model, inputs, target) -> maps [N, ...]``, such as ``saliency``.
+        method: ``(model, inputs, target) -> maps [N, ...]``, such as ``saliency``. The model is in evaluation mode.
         target: ``None`` is the class of the untouched model, held throughout.
         layers: which to randomise, in this order; ``None``: every layer with parameters of its own, the last to run
-            first.
+            first. The output projection of an ``nn.MultiheadAttention`` goes with it.
         cascade: leave the layers above random as well; ``False`` randomises one at a time.
         absolute: compare magnitudes, so that a flip of sign alone does not count as change.
         seed: of the new weights. Layers with ``reset_parameters`` are initialised by it, parameters of others drawn
@@ -74,14 +75,14 @@ def randomization_check(
     forward.check_device(model, inputs)
     order = _parametric(model, inputs) if layers is None else hooks.resolve(model, layers)
     for name in order:
-        if not _own_tensors(hooks.get_layer(model, name)):
+        if not any(True for _ in hooks.get_layer(model, name).parameters(recurse=False)):
             raise ValueError(f"layer {name!r} has no parameters of its own to randomise")
-    with forward.evaluating(model), torch.no_grad():
-        target = forward.resolve_target(forward.call(model, inputs), target)
     compare = (lambda m: m.abs()) if absolute else (lambda m: m)
-    original = compare(method(model, inputs, target))
     correlations = []
-    with _restored(model, order) as restore:
+    with forward.evaluating(model), _restored(model) as restore:
+        with torch.no_grad():
+            target = forward.resolve_target(forward.call(model, inputs), target)
+        original = compare(method(model, inputs, target))
         for step, name in enumerate(order):
             if not cascade:
                 restore()
@@ -110,15 +111,13 @@ def _parametric(model: nn.Module, inputs: forward.Inputs) -> list[str]:
     return order
 
 
-def _own_tensors(module: nn.Module) -> list[Tensor]:
-    parameters = list(module.parameters(recurse=False))
-    return parameters + list(module.buffers(recurse=False)) if parameters else []
-
-
 @contextmanager
-def _restored(model: nn.Module, names: Iterable[str]) -> Iterator[Callable[[], None]]:
-    """Give the layers' parameters and buffers back their values on leaving; yields the function that does so."""
-    kept = [(t, t.detach().clone()) for name in names for t in _own_tensors(hooks.get_layer(model, name))]
+def _restored(model: nn.Module) -> Iterator[Callable[[], None]]:
+    """Give all parameters and buffers back their values on leaving; yields the function that does so.
+
+    All, not only those of the layers named: ``reset_parameters`` of a block may reach the layers in it.
+    """
+    kept = [(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())]
 
     def restore() -> None:
         with torch.no_grad():
@@ -132,13 +131,15 @@ def _restored(model: nn.Module, names: Iterable[str]) -> Iterator[Callable[[], N
 
 
 def _randomise(module: nn.Module, seed: int) -> None:
-    tensors = list(module.parameters(recurse=False))
-    cuda = sorted({t.device.index for t in tensors if t.device.type == "cuda"})
+    # attention reads the weights of its out_proj without calling it, so that no hook sees that layer run
+    parts = [module, module.out_proj] if isinstance(module, nn.MultiheadAttention) else [module]
+    cuda = sorted({t.device.index for t in module.parameters() if t.device.type == "cuda"})
     with torch.no_grad(), torch.random.fork_rng(devices=cuda):
         torch.manual_seed(seed)
-        if callable(getattr(module, "reset_parameters", None)):
-            module.reset_parameters()
-            return
-        for tensor in tensors:
-            spread = tensor.std().item() if tensor.numel() > 1 else abs(tensor.item()) or 1.0
-            tensor.normal_(tensor.mean().item(), spread)
+        for part in parts:
+            if callable(getattr(part, "reset_parameters", None)):
+                part.reset_parameters()
+                continue
+            for tensor in part.parameters(recurse=False):
+                spread = tensor.std().item() if tensor.numel() > 1 else abs(tensor.item()) or 1.0
+                tensor.normal_(tensor.mean().item(), spread)

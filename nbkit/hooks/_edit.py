@@ -59,7 +59,7 @@ class Edit:
         if new.shape == part.shape:
             return new
         try:
-            return new.expand(part.shape)
+            return new.expand(part.shape).clone()  # what follows may work in place
         except RuntimeError:
             shapes = f"{tuple(new.shape)} does not fit the values it replaces, {tuple(part.shape)}"
             raise ValueError(f"{self.label}: a replacement of shape {shapes}") from None
@@ -83,10 +83,20 @@ def clamp(neurons=None, value: float | Tensor = 0.0, *, positions=None, at: str 
 
 
 def replace(value: Tensor | Callable[[Tensor], Tensor], neurons=None, *, positions=None, at: str = "output") -> Edit:
-    """Put a tensor, or ``fn(selected values)``, in place of the selected values (shapes: see :class:`Edit`)."""
-    if not isinstance(value, Tensor) and not callable(value):
+    """Put a tensor, or ``fn(selected values)``, in place of the selected values (shapes: see :class:`Edit`).
+
+    Raises: TypeError (neither), NotFinite (a tensor with NaN or infinite values).
+    """
+    if isinstance(value, Tensor):
+        _finite(value, "replace")
+    elif not callable(value):
         raise TypeError(f"replace takes a tensor or a function of one, not {type(value).__name__}")
-    change = (lambda part, axis: value) if isinstance(value, Tensor) else (lambda part, axis: value(part))
+
+    def change(part: Tensor, axis: int) -> Any:
+        new = value if isinstance(value, Tensor) else value(part)
+        # a copy: an in-place activation that follows would write into the caller's tensor
+        return new.clone() if isinstance(new, Tensor) else new
+
     return Edit(change, neurons, positions, at, "replace")
 
 
@@ -107,10 +117,12 @@ def edit(model: nn.Module, edits: Mapping[str, Edit | Sequence[Edit]]) -> Iterat
     >>> with edit(model, {"blocks.3.mlp.act": scale([7], 2.0, positions=0)}):
     ...     model(x)
     """
+    if not isinstance(edits, Mapping):
+        raise TypeError(f"edits must be a dict of layer names, not {type(edits).__name__}")
     plan: list[tuple[str, Edit]] = []
     for name, wanted in edits.items():
         get_layer(model, name)
-        for one in [wanted] if isinstance(wanted, Edit) else wanted:
+        for one in wanted if isinstance(wanted, (list, tuple)) else [wanted]:
             if not isinstance(one, Edit):
                 raise TypeError(f"layer {name!r}: an edit is zero, scale, clamp or replace, not {type(one).__name__}")
             check_at(one.at)
@@ -141,9 +153,13 @@ def _cleared(part: Tensor) -> Tensor:
 
 
 def _finite(value: float | Tensor, label: str) -> Tensor:
-    value = torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.get_default_dtype())
-    if not torch.isfinite(value).all():
-        raise NotFinite(f"{label}: the value must be finite, not {value.tolist()}")
+    try:
+        value = torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.get_default_dtype())
+    except (TypeError, ValueError):
+        raise TypeError(f"{label}: the value must be a number or a tensor, not {value!r}") from None
+    if (bad := (~torch.isfinite(value)).sum().item()) > 0:
+        shown = value.item() if value.ndim == 0 else f"{bad} NaN or infinite values of {value.numel()}"
+        raise NotFinite(f"{label}: the value must be finite, not {shown}")
     return value
 
 

@@ -16,6 +16,7 @@ _CHANNELS_FIRST_1D = (
     nn.Conv1d, nn.ConvTranspose1d, nn.BatchNorm1d, nn.InstanceNorm1d, nn.MaxPool1d, nn.AvgPool1d,
     nn.AdaptiveAvgPool1d, nn.AdaptiveMaxPool1d,
 )  # fmt: skip
+_FEATURES_LAST = (nn.Linear, nn.LayerNorm, nn.Embedding)
 
 
 def get_layer(model: nn.Module, name: str) -> nn.Module:
@@ -32,11 +33,16 @@ def get_layer(model: nn.Module, name: str) -> nn.Module:
 def resolve(model: nn.Module, layers: str | Iterable[str]) -> list[str]:
     """Layer names from a name, a shell pattern such as ``"blocks.*.mlp.act"`` (in the model's order), or several.
 
-    Raises: LayerNotFound for a name or pattern that matches nothing, ValueError for no name at all.
+    Raises: LayerNotFound for a name or pattern that matches nothing, ValueError for no name at all, TypeError for what
+    is no name.
     """
+    if not isinstance(layers, (str, Iterable)) or isinstance(layers, nn.Module):
+        raise TypeError(f"layers are given by name, not as {type(layers).__name__}")
     names: list[str] = []
     known = [n for n, _ in model.named_modules()]
     for wanted in [layers] if isinstance(layers, str) else layers:
+        if not isinstance(wanted, str):
+            raise TypeError(f"layers are given by name, not as {type(wanted).__name__}")
         if any(c in wanted for c in "*?["):
             found = fnmatch.filter(known, wanted)
             if not found:
@@ -57,6 +63,8 @@ def neuron_axis(tensor: Tensor, module: nn.Module | None = None) -> int:
     """
     if tensor.ndim < 2:
         raise ValueError(f"a layer output needs at least [N, F]; this one has shape {tuple(tensor.shape)}")
+    if tensor.ndim >= 4 and isinstance(module, _FEATURES_LAST):  # maps with their channels last
+        return tensor.ndim - 1
     if tensor.ndim >= 4 or (tensor.ndim == 3 and isinstance(module, _CHANNELS_FIRST_1D)):
         return 1
     return tensor.ndim - 1

@@ -21,7 +21,19 @@ class Recording(Mapping):
         self._names, self._concat = list(names), concat
         self._kept: dict[str, list[Tensor]] = defaultdict(list)
         self._calls: dict[str, list[int]] = defaultdict(list)
-        self._pass = 0
+        self._pass, self._finished = 0, True
+
+    def _begin(self) -> None:
+        """A pass of the whole model begins; of one that broke off between the layers nothing is kept."""
+        if not self._finished and any(self._pass not in self._calls[name] for name in self._names):
+            for name, calls in self._calls.items():
+                kept = self._kept[name]
+                kept[:] = [t for t, p in zip(kept, calls, strict=True) if p != self._pass]
+                calls[:] = [p for p in calls if p != self._pass]
+        self._pass, self._finished = self._pass + 1, False
+
+    def _end(self) -> None:
+        self._finished = True
 
     def _add(self, name: str, tensor: Tensor) -> None:
         if not self._concat:
@@ -100,7 +112,8 @@ def record(
         return None
 
     with ExitStack() as stack:
-        stack.callback(model.register_forward_pre_hook(lambda *_: setattr(kept, "_pass", kept._pass + 1)).remove)
+        stack.callback(model.register_forward_pre_hook(lambda *_: kept._begin()).remove)
+        stack.callback(model.register_forward_hook(lambda *_: kept._end()).remove)
         for name in names:
             stack.callback(attach(get_layer(model, name), at, lambda t, m, name=name: keep(name, t)))
         yield kept

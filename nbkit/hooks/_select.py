@@ -12,7 +12,7 @@ def _as_index(chosen: Any, size: int, what: str, device: torch.device, negative:
     """Ints, a slice or a bool mask as a LongTensor of distinct indices in ``[0, size)``."""
     if isinstance(chosen, slice):
         return torch.arange(size, device=device)[chosen]
-    index = torch.as_tensor(chosen, device=device)
+    index = _tensor(chosen, what, device)
     if index.dtype == torch.bool:
         if index.shape != (size,):
             raise ValueError(f"a bool mask over {what}s must have shape ({size},), not {tuple(index.shape)}")
@@ -30,8 +30,17 @@ def _as_index(chosen: Any, size: int, what: str, device: torch.device, negative:
     return index
 
 
+def _tensor(chosen: Any, what: str, device: torch.device) -> Tensor:
+    try:
+        return torch.as_tensor(chosen, device=device)
+    except (TypeError, RuntimeError, ValueError):
+        raise TypeError(f"{what}s are named by ints or a bool mask, not by {chosen!r}") from None
+
+
 def neuron_index(neurons: Any, size: int, device: torch.device) -> Tensor | None:
-    return None if neurons is None else _as_index(neurons, size, "neuron", device, negative=False)
+    if neurons is None or (isinstance(neurons, str) and neurons == "all"):
+        return None
+    return _as_index(neurons, size, "neuron", device, negative=False)
 
 
 def position_index(positions: Any, shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, bool]:
@@ -39,13 +48,15 @@ def position_index(positions: Any, shape: tuple[int, ...], device: torch.device)
     if not shape:
         raise ValueError("positions were named, but this layer's output [N, F] has none")
     size = int(torch.tensor(shape).prod())
-    if isinstance(positions, Tensor) and positions.dtype == torch.bool:
-        if tuple(positions.shape) != shape:
-            raise ValueError(f"a bool mask over positions must have shape {shape}, not {tuple(positions.shape)}")
-        return positions.to(device).flatten().nonzero().flatten(), False
+    if len(shape) == 1 and isinstance(positions, slice):
+        return _as_index(positions, size, "position", device, negative=True), False
+    places = _tensor(positions, "position", device)
+    if places.dtype == torch.bool:
+        if tuple(places.shape) != shape:
+            raise ValueError(f"a bool mask over positions must have shape {shape}, not {tuple(places.shape)}")
+        return places.flatten().nonzero().flatten(), False
     if len(shape) == 1:
-        return _as_index(positions, size, "position", device, negative=True), isinstance(positions, int)
-    places = torch.as_tensor(positions, device=device)
+        return _as_index(places, size, "position", device, negative=True), places.ndim == 0
     single = places.ndim == 1
     places = places.reshape(-1, places.shape[-1]) if places.ndim else places[None, None]
     if places.shape[-1] != len(shape):

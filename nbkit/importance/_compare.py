@@ -27,7 +27,6 @@ def compare(importances: Mapping[str, Any] | None = None, /, **named: Any) -> pd
     >>> compare(shapley=explanation, permutation=shuffled, native=own)["spearman"].loc["shapley", "native"]
     """
     import pandas as pd
-    from scipy.stats import kendalltau, spearmanr
 
     series = {str(k): _series(str(k), v) for k, v in {**(importances or {}), **named}.items()}
     if len(series) < 2:
@@ -35,14 +34,13 @@ def compare(importances: Mapping[str, Any] | None = None, /, **named: Any) -> pd
     table = _aligned(series)
     if len(table) < 2:
         raise ValueError(f"ranks need at least two features, not {len(table)}")
+    constant = table.nunique() < 2
     blocks = {}
-    for name, correlation in (("spearman", spearmanr), ("kendall", kendalltau)):
-        square = np.full((len(series), len(series)), np.nan)
-        for a, first in enumerate(table.columns):
-            for b, second in enumerate(table.columns):
-                if table[first].nunique() > 1 and table[second].nunique() > 1:
-                    square[a, b] = 1.0 if a == b else correlation(table[first], table[second]).statistic
-        blocks[name] = pd.DataFrame(square, index=table.columns, columns=table.columns)
+    for method in ("spearman", "kendall"):
+        square = table.corr(method=method)
+        square.loc[constant] = np.nan  # pandas leaves 1 on the diagonal
+        square.loc[:, constant] = np.nan
+        blocks[method] = square
     return pd.concat(blocks, axis=1)
 
 

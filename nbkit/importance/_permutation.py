@@ -37,10 +37,14 @@ def permutation(
     tensor, a callable what was given.
 
     ``scoring``: a scikit-learn scorer name; None is the estimator's own score, or accuracy for outputs [N, C] and r2
-    for [N]. A module's [N, C] outputs are taken as logits, a callable's as probabilities. A scoring callable is
-    ``(estimator, X, y) -> float`` for an estimator, ``(y, output) -> float`` for a module or callable.
+    for [N]. A module's outputs are taken as logits, a callable's as probabilities; a single one [N] or [N, 1] is then
+    that of the second of two labels where ``scoring`` compares labels. A scoring callable is ``(estimator, X, y) ->
+    float`` for an estimator, ``(y, output) -> float`` for a module or callable.
 
-    Raises: ValueError (shapes, unknown scoring, no repeats), NotFinite (X of a module, or y), TypeError.
+    ``y`` [N] (or [N, 1]) are for a module's outputs [N, C] their indices, or C labels of text in sorted order.
+
+    Raises: ValueError (shapes, unknown scoring, no repeats), IndexError (a label that a module has no output for),
+    NotFinite (X of a module, or y), TypeError (among others, X of a type that the module does not take).
 
     >>> permutation(net, X_test, y_test, scoring="accuracy", n_repeats=30).mean
     """
@@ -63,7 +67,7 @@ def permutation(
         )
         rows, logits = make_rows(model, X, table, labels), isinstance(model, nn.Module)
         sources = _shuffles(seed, len(target), n_repeats)
-        values, baseline, scored = _batched(rows, target, scoring, sources, batch, logits)
+        values, baseline, scored = _batched(rows, target, labels, scoring, sources, batch, logits)
     return Importance(values, np.atleast_1d(baseline), names, "permutation", scored)
 
 
@@ -90,12 +94,18 @@ def _shuffles(seed: int, n: int, repeats: int) -> np.ndarray:
 
 
 def _batched(
-    rows: Rows, y: np.ndarray, scoring: Any, sources: np.ndarray, batch: int, logits: bool
+    rows: Rows,
+    y: np.ndarray,
+    labels: np.ndarray | None,
+    scoring: Any,
+    sources: np.ndarray,
+    batch: int,
+    logits: bool,
 ) -> tuple[np.ndarray, float, str]:
     """``(values [P, R], baseline, name of the scoring)`` in calls of at most ``batch`` rows."""
     n, repeats = len(y), len(sources)
     base = torch.cat([rows.run(rows.take(slice(i, i + batch))) for i in range(0, n, batch)])
-    score, name = make_scorer(scoring, y, base, logits=logits)
+    score, name = make_scorer(scoring, y, base, labels=labels, logits=logits)
     baseline = score(base[None])[0]
     sources = torch.as_tensor(sources, device=rows.device)
     scores = []

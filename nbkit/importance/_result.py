@@ -84,7 +84,7 @@ class Importance:
 
 
 def read_table(X: Any, y: Any, what: str = "X") -> tuple[Any, np.ndarray, list[str]]:
-    """``(X [N, P] as a DataFrame or array, y as an array [N, ...], feature names)``.
+    """``(X [N, P] as a DataFrame or array, y as an array [N, ...], feature names)``; y [N, 1] becomes [N].
 
     Raises: ValueError (not two axes, empty, another number of labels), NotFinite (NaN or infinite in y).
     """
@@ -97,6 +97,7 @@ def read_table(X: Any, y: Any, what: str = "X") -> tuple[Any, np.ndarray, list[s
         )
     if target.dtype.kind == "f" and not np.isfinite(target).all():
         raise NotFinite(f"y holds {(~np.isfinite(target)).sum()} NaN or infinite values")
+    target = target[:, 0] if target.shape[1:] == (1,) else target
     return table, target, feature_names(table)
 
 

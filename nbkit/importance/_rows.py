@@ -23,9 +23,9 @@ class Rows:
         self.values, self.run = values, run
         self.features, self.device = values.shape[1], values.device
 
-    def take(self, rows: Any) -> Any:
-        """These rows as they are."""
-        return self.values[rows]
+    def take(self, rows: slice) -> Any:
+        """These rows as they are, in a copy: what runs may work in place."""
+        return self.values[rows].clone()
 
     def changed(self, column: Tensor, source: Tensor) -> Tensor:
         """Which rows [K, N] get another value in ``column`` [K] when it is taken from the rows ``source`` [K, N]."""
@@ -53,8 +53,8 @@ class WideRows(Rows):
         with torch.no_grad():
             self.hidden, self.weight = first(values), first.weight.T.contiguous()
 
-    def take(self, rows: Any) -> Tensor:
-        return self.hidden[rows]
+    def take(self, rows: slice) -> Tensor:
+        return self.hidden[rows].clone()
 
     def shuffled(self, rows: Tensor, column: Tensor, source: Tensor) -> Tensor:
         step = self.values[source, column] - self.values[rows, column]
@@ -75,8 +75,8 @@ class FrameRows(Rows):
         super().__init__(torch.as_tensor(np.stack(codes, axis=1)), run)
         self.frame = frame.reset_index(drop=True)
 
-    def take(self, rows: Any) -> Any:
-        return self.frame.iloc[rows]
+    def take(self, rows: slice) -> Any:
+        return self.frame.iloc[rows].copy()
 
     def shuffled(self, rows: Tensor, column: Tensor, source: Tensor) -> Any:
         origin = torch.where(column == torch.arange(self.features)[:, None], source, rows).numpy()  # [P, n]
@@ -91,7 +91,8 @@ class FrameRows(Rows):
 def make_rows(model: Any, X: Any, table: Any, labels: np.ndarray | None) -> Rows:
     """The table as the model takes it; text ``labels`` that a callable returns become their codes.
 
-    Raises: TypeError (a model that cannot be called, a table it cannot take), NotFinite (NaN or infinite in a tensor).
+    Raises: TypeError (a model that cannot be called, a table or a type of number it cannot take), NotFinite (NaN or
+    infinite in a tensor).
     """
     if isinstance(model, nn.Module):
         return _module_rows(model, _module_input(model, X, table))
@@ -149,7 +150,23 @@ def _module_input(model: nn.Module, X: Any, table: Any) -> Tensor:
             if not ok
         ]
         raise NotFinite(f"X holds NaN or infinite values in {', '.join(bad)}")
+    _check_type(model, values)
     return values
+
+
+def _check_type(model: nn.Module, values: Tensor) -> None:
+    """Raise TypeError naming both types where a module cannot run on another type than that of its weights."""
+    weights = next((p for p in model.parameters() if p.is_floating_point()), values)
+    if values.dtype == weights.dtype:
+        return
+    try:  # an embedding takes integers, and a module may convert what it is given
+        with forward.evaluating(model), torch.no_grad():
+            forward.call(model, values[:1])
+    except RuntimeError as error:
+        raise TypeError(
+            f"X holds {values.dtype} and the model {weights.dtype}, on which it fails: {error}; "
+            f"give X.to({weights.dtype})"
+        ) from error
 
 
 def _coded(output: Any, labels: np.ndarray | None) -> Any:
@@ -163,7 +180,8 @@ def _coded(output: Any, labels: np.ndarray | None) -> Any:
 
 def _plain(output: Any) -> Tensor:
     """One tensor [n] or [n, C]; a single column counts as [n]."""
-    values = output.detach() if isinstance(output, Tensor) else torch.as_tensor(np.asarray(output))
+    # a copy of an array: torch warns of a DataFrame's read-only values
+    values = output.detach() if isinstance(output, Tensor) else torch.as_tensor(np.array(output))
     values = values.long() if values.dtype == torch.bool else values
     if values.ndim == 2 and values.shape[1] == 1:
         values = values[:, 0]

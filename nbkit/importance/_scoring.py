@@ -15,14 +15,17 @@ from nbkit.importance._result import scoring_name
 Scorer = Callable[[Tensor], np.ndarray]
 
 
-def make_scorer(scoring: Any, y: np.ndarray, example: Tensor, *, logits: bool) -> tuple[Scorer, str]:
+def make_scorer(
+    scoring: Any, y: np.ndarray, example: Tensor, *, labels: np.ndarray | None = None, logits: bool
+) -> tuple[Scorer, str]:
     """``(outputs [K, N] or [K, N, C] -> scores [K] float64, the scoring's name)``; higher is better.
 
     ``scoring``: a scikit-learn scorer name, a callable ``(y, output) -> float`` on arrays, or None for accuracy (class
-    outputs) or r2. ``logits`` says whether class outputs are logits or probabilities. ``example`` [N, ...] is one
-    output, whose shape decides.
+    outputs) or r2. ``logits`` says whether outputs are logits (of a module) or probabilities. ``example`` [N, ...] is
+    one output, whose shape decides. ``labels`` are the text that the numbers in y stand for.
 
-    Raises: ValueError (unknown scoring, y that does not fit the outputs, a scoring that one output cannot answer).
+    Raises: ValueError (unknown scoring, y that does not fit the outputs, a scoring that one output cannot answer),
+    IndexError (a label out of range).
     """
     classes = example.ndim == 2
     kind = "classes" if classes else "number" if example.is_floating_point() else "labels"
@@ -30,7 +33,7 @@ def make_scorer(scoring: Any, y: np.ndarray, example: Tensor, *, logits: bool) -
     if scoring is None:
         if kind == "number" and two_values:
             raise ValueError(
-                "y has two values and the model one output: name scoring=, 'roc_auc' or 'r2' for example"
+                "y has two values and the model one output: name scoring=, 'roc_auc', 'accuracy' or 'r2' for example"
             )
         scoring = "r2" if kind == "number" else "accuracy"
     if callable(scoring):
@@ -42,7 +45,7 @@ def make_scorer(scoring: Any, y: np.ndarray, example: Tensor, *, logits: bool) -
         raise ValueError(
             f"y has shape {y.shape}; scoring={scoring!r} needs [N] (a callable scoring takes any)"
         )
-    target = _class_target(y, example.shape[1]) if classes else y
+    target = _class_target(y, example.shape[1], labels, logits) if classes else y
     score, kinds = _BATCHED.get(scoring, (None, ()))
     if kind in kinds:
         truth = torch.as_tensor(target.copy())  # torch warns of a Series' read-only values
@@ -50,14 +53,19 @@ def make_scorer(scoring: Any, y: np.ndarray, example: Tensor, *, logits: bool) -
     return _one_by_one(scoring, kind, target, example.shape[-1], logits), scoring
 
 
-def _class_target(y: np.ndarray, n: int) -> np.ndarray:
-    """y as column indices: class c is column c, or the c-th label in sorted order where labels are not 0 to C-1."""
-    if y.dtype.kind in "biu" and y.min() >= 0 and y.max() < n:
+def _class_target(y: np.ndarray, n: int, labels: np.ndarray | None, logits: bool) -> np.ndarray:
+    """y as column indices. Labels of text, and a function's numbers that are no indices (the columns of scikit-learn's
+    ``predict_proba``), are the columns in sorted order."""
+    outside = (y < 0) | (y >= n) | (y != y.astype(np.int64))
+    if labels is None and not outside.any():
         return y.astype(np.int64)
+    if labels is None and logits:
+        raise IndexError(f"label {y[outside][0]} is out of range; the model has classes 0 to {n - 1}")
     known, index = np.unique(y, return_inverse=True)
+    shown = (known if labels is None else labels).tolist()
     if len(known) != n:
         raise ValueError(
-            f"y holds {len(known)} labels ({known[0]!r} to {known[-1]!r}) and the model has {n} outputs"
+            f"y holds {len(known)} labels ({shown[0]!r} to {shown[-1]!r}) and the model has {n} outputs"
         )
     return index
 
@@ -96,6 +104,13 @@ _BATCHED = {  # each with the kinds of output it reads
 }
 
 
+def _two_labels(y: np.ndarray) -> np.ndarray:
+    known = np.array([0, 1], dtype=y.dtype) if np.isin(y, (0, 1)).all() else np.unique(y)
+    if len(known) != 2:
+        raise ValueError(f"one output tells two labels apart; y holds {len(known)}")
+    return known
+
+
 def _one_by_one(scoring: str, kind: str, y: np.ndarray, columns: int, logits: bool) -> Scorer:
     """Any other scorer of scikit-learn, given an estimator that already knows its outputs."""
     from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
@@ -104,14 +119,21 @@ def _one_by_one(scoring: str, kind: str, y: np.ndarray, columns: int, logits: bo
     if scoring not in get_scorer_names():
         raise ValueError(f"scoring {scoring!r} is unknown{did_you_mean(scoring, get_scorer_names())}")
     scorer = get_scorer(scoring)
-    if kind == "number" and getattr(scorer, "_response_method", "predict") != "predict":
-        kind = "margin"  # roc_auc and its like rank the rows by one number
+    classes = np.arange(columns) if kind == "classes" else np.unique(y)
+    if kind == "number" and not scorer._score_func.__module__.endswith("_regression"):
+        kind, classes = "margin", _two_labels(y)  # how far a row is on the side of the second label
 
     def predict(self, output):
+        if kind == "margin":
+            return classes[(output > (0 if logits else 0.5)).astype(int)]
         return output.argmax(1) if kind == "classes" else output
 
     def predict_proba(self, output):
-        return torch.as_tensor(output).double().softmax(-1).numpy() if logits else output
+        values = torch.as_tensor(output).double()
+        if kind == "margin":
+            second = values.sigmoid() if logits else values
+            return torch.stack([1 - second, second], -1).numpy()
+        return values.softmax(-1).numpy() if logits else output
 
     def decision_function(self, output):
         return output
@@ -120,9 +142,12 @@ def _one_by_one(scoring: str, kind: str, y: np.ndarray, columns: int, logits: bo
         "classes": {"predict": predict, "predict_proba": predict_proba},
         "labels": {"predict": predict},
         "number": {"predict": predict},
-        "margin": {"decision_function": decision_function},
+        "margin": {
+            "predict": predict,
+            "predict_proba": predict_proba,
+            "decision_function": decision_function,
+        },
     }[kind]
-    classes = np.unique(y) if kind != "classes" else np.arange(columns)
     shared = {"classes_": classes, "__sklearn_is_fitted__": lambda self: True}
     mixin = RegressorMixin if kind == "number" else ClassifierMixin
     known = type("KnownOutputs", (mixin, BaseEstimator), methods | shared)()

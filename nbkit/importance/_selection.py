@@ -53,7 +53,7 @@ def forward_selection(
     y: Any,
     *,
     validation: float | tuple[Any, Any] = 0.2,
-    scoring: Any = "accuracy",
+    scoring: Any = None,
     groups: Any = None,
     always: Sequence[str] = (),
     max_features: int | None = None,
@@ -69,14 +69,19 @@ def forward_selection(
 
     ``validation``: the share of rows held out (stratified for a classifier; whole ``groups`` [N], one subject's visits
     say, where given), drawn with ``seed``; or a pair (X, y), and then all rows train. ``always``: features that are no
-    candidates and are appended to the choice afterwards. ``max_features`` bounds the choice.
+    candidates and are appended to the choice afterwards. ``max_features`` bounds the choice. ``scoring`` as in
+    scikit-learn; None is accuracy for a classifier, r2 for a regressor.
 
     Raises: ValueError (share outside (0, 1), no candidate, a fold with one class, shapes), UnknownName, NotFinite,
     TypeError.
 
     >>> forward_selection(SVC(), X_train, y_train, always=["Age"]).selected
     """
+    from sklearn.base import is_classifier, is_regressor
+
     check_estimator(model)
+    if scoring is None:
+        scoring = "accuracy" if is_classifier(model) else "r2" if is_regressor(model) else None
     table, target, names = read_table(X, y)
     unknown = [name for name in always if str(name) not in names]
     if unknown:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ class About:
     """Package and version that carries the weights, or the recipe that trained them."""
     input: str
     parameters: int
-    figures: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    figures: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """What the recipe recorded for a network trained here: accuracy, seconds ..."""
     notes: str = ""
 
@@ -63,6 +62,6 @@ def of_trained(there: Sequence[Checkpoint], chosen: Checkpoint) -> About:
     figures = {k: v for k, v in facts.items() if k not in ("architecture", "classes")}
     return About(
         chosen.name, chosen.name, f"classification of {chosen.dataset}", "Apache-2.0", f"trained here: {recipe}",
-        f"the tensors of datasets.load({chosen.dataset!r}) as they are", parameters, MappingProxyType(figures),
+        f"the tensors of datasets.load({chosen.dataset!r}) as they are", parameters, figures,
         f"Checkpoints: {variants}.",
     )  # fmt: skip

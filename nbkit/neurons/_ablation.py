@@ -18,6 +18,7 @@ from nbkit.neurons._replay import run, units
 from nbkit.neurons._sites import Site, check, observe
 
 
+@forward.outside_inference_mode
 def ablation_effect(
     model: nn.Module, inputs: forward.Inputs, target: forward.Target = None, *, layer: str, neurons: Any = None,
     value: float | Tensor = 0.0, positions: Any = None, batch: int = 64, progress: bool = False,

@@ -15,13 +15,15 @@ from nbkit.hooks._attach import attach
 from nbkit.neurons._sites import check, observe, reduced, site
 
 
+@forward.outside_inference_mode
 def activation(
-    model: nn.Module, inputs: forward.Inputs, *, layer: str, positions: Any = None, reduce: str | None = "mean",
-    batch: int | None = None,
+    model: nn.Module, inputs: forward.Inputs, target: forward.Target = None, *, layer: str, positions: Any = None,
+    reduce: str | None = "mean", batch: int | None = None,
 ) -> Tensor:  # fmt: skip
     """What each neuron of a layer puts out.
 
     Args:
+        target: accepted so that all methods are called alike; an activation does not depend on a class.
         layer: a dotted name; its output is read.
         positions: tokens (int, ints, slice) or places in a map (``(row, column)`` pairs); None is all of them.
         reduce: over positions: ``"mean"``, ``"sum"``, ``"max"``, or None to keep them.
@@ -41,6 +43,7 @@ def activation(
     return torch.cat(kept)
 
 
+@forward.outside_inference_mode
 def gradient(
     model: nn.Module, inputs: forward.Inputs, target: forward.Target = None, *, layer: str, positions: Any = None,
     reduce: str | None = "sum", batch: int | None = None,
@@ -54,6 +57,7 @@ def gradient(
     return _by_gradient(model, inputs, target, layer, positions, reduce, batch, lambda rows, grads: grads)
 
 
+@forward.outside_inference_mode
 def gradient_x_activation(
     model: nn.Module, inputs: forward.Inputs, target: forward.Target = None, *, layer: str, positions: Any = None,
     reduce: str | None = "sum", batch: int | None = None,
@@ -119,6 +123,7 @@ def rows_and_gradients(
     return where.rows(leaves[0].detach()), where.rows(grad)
 
 
+@forward.outside_inference_mode
 def conductance(
     model: nn.Module, inputs: forward.Inputs, target: forward.Target = None, *, layer: str,
     baseline: float | Tensor = 0.0, steps: int = 50, positions: Any = None, reduce: str | None = "sum",
@@ -146,8 +151,8 @@ def conductance(
     >>> conductance(cnn, images, layer="features.8", steps=50)
     """
     n = check(model, inputs, target)
-    if isinstance(steps, bool) or steps < 1:
-        raise ValueError(f"steps must be at least 1, not {steps}")
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps must be an int of at least 1, not {steps!r}")
     x, _ = explained(inputs, wrt)
     base = _baseline_like(x, baseline)
     kept = []

@@ -25,8 +25,9 @@ class _Linear(NamedTuple):
     slope: Tensor  # [K], the activation's derivative; 1 for the linear layer itself
 
 
+@forward.outside_inference_mode
 def input_gradients(
-    model: nn.Module, inputs: forward.Inputs, layer: str, neurons: Any = None, *, position: Any = 0,
+    model: nn.Module, inputs: forward.Inputs, layer: str, neurons: Any = None, *, positions: Any = 0,
     max_bytes: int = 2**28, wrt: str | None = None, progress: bool = False,
 ) -> Tensor:  # fmt: skip
     """The gradient of every neuron of a layer with respect to the input.
@@ -37,17 +38,17 @@ def input_gradients(
 
     Args:
         layer: a dotted name; the neurons are those of its output.
-        neurons: None (all), int, ints, slice or bool mask.
-        position: the token (default: the first, the class token) or the place ``(row, column)`` in a map that is
-            differentiated; None is the sum over all positions. ``[N, F]`` layers have none and ignore 0.
+        neurons: None or ``"all"``, int, ints, slice or bool mask.
+        positions: the tokens (default: the first, the class token) or places ``(row, column)`` in a map whose sum is
+            differentiated; None is all of them, which 0 means for a map too. ``[N, F]`` layers have none.
         max_bytes: about how much autograd may keep at once; the result itself is not counted.
         wrt: the tensor of a dict of inputs that is differentiated; ``None``: its only floating one.
         progress: show a bar.
 
     Returns: ``[N, K, *inputs.shape[1:]]`` (of ``inputs[wrt]`` for a dict), on the CPU.
 
-    Raises: LayerNotFound, LayerDidNotRun; IndexError (neuron or position out of range); ValueError (a map without a
-    place; a layer that does not depend on the input); TypeError; NotFinite.
+    Raises: LayerNotFound, LayerDidNotRun; IndexError (neuron or position out of range); ValueError (no neuron; a layer
+    that does not depend on the input); TypeError; NotFinite.
 
     >>> input_gradients(vit, images[:1], "blocks.3.mlp.act").shape               # [1, 1536, 3, 112, 112]
     """
@@ -55,9 +56,11 @@ def input_gradients(
     if max_bytes <= 0:
         raise ValueError(f"max_bytes must be positive, not {max_bytes}")
     x, _ = explained(inputs, wrt)
-    _, (where,), (rows,), _ = observe(model, inputs, _one(layer), position)
+    _, (where,), (rows,), _ = observe(model, inputs, _one(layer), positions, whole_maps=True)
     index = neuron_index(neurons, rows.shape[-1], rows.device)
     index = torch.arange(rows.shape[-1], device=rows.device) if index is None else index
+    if not index.numel():
+        raise ValueError("no neuron was chosen")
     shape = x.shape[1:]
     out = torch.empty(n, len(index), *shape, dtype=x.dtype)
     with tqdm(total=n * len(index), desc="input gradients", disable=not progress) as bar:

@@ -55,9 +55,10 @@ class NeuronPath:
         )
 
 
+@forward.outside_inference_mode
 def joint_attribution(
-    model: nn.Module, inputs: forward.Inputs, path: Tensor, target: forward.Target = None, *, layers: Iterable[str],
-    steps: int = 20, positions: Any = 0, max_bytes: int = MAX_BYTES,
+    model: nn.Module, inputs: forward.Inputs, path: Tensor | NeuronPath, target: forward.Target = None, *,
+    layers: Iterable[str] | None = None, steps: int = 20, positions: Any = 0, max_bytes: int = MAX_BYTES,
 ) -> Tensor:  # fmt: skip
     """The joint attribution score (JAS) of a set of neurons, one or k in each of L layers.
 
@@ -67,12 +68,12 @@ def joint_attribution(
     attention), never through them. The cross terms n != j are part of it, so it adds up to P(w) - P(0) only for N = 1.
 
     Args:
-        path: units ``[N, L]``, or ``[L]`` for all inputs alike, or ``[N, L, k]``.
+        path: units ``[N, L]``, or ``[L]`` for all inputs alike, or ``[N, L, k]``; or a :class:`NeuronPath`.
         target: the class whose softmax **probability** is P (the model's output is taken for logits): an int, ints
             ``[N]``, None (the predicted class). Or a callable on the model's output, taken as it is, that gives one
             score a row whatever the number of rows.
         layers: L names (or patterns) of layers whose *output* holds the neurons: for a transformer the activation
-            function between the two linear layers of its MLP.
+            function between the two linear layers of its MLP. A :class:`NeuronPath` has its own.
         steps: m, at least 2; the left Riemann rule never evaluates the input itself.
         positions: where neurons are read and edited. 0 is the class token of ``[N, T, F]`` (``[N, F]`` layers have no
             positions and ignore it); more positions, or None for all, count a unit once at each of them.
@@ -84,8 +85,12 @@ def joint_attribution(
 
     Source: Wang et al. 2025, arXiv 2503.09046, and the authors' code for the Riemann sum.
 
-    >>> joint_attribution(vit, images, found.path, labels, layers=found.layers)
+    >>> joint_attribution(vit, images, found, labels)
     """
+    if isinstance(path, NeuronPath):
+        layers, path = path.layers if layers is None else layers, path.path
+    if layers is None:
+        raise TypeError("name the layers of the path with layers=")
     names, n = _checked(model, inputs, target, layers, steps, max_bytes)
     path = _checked_path(path, n, len(names))
     kept = []
@@ -99,6 +104,7 @@ def joint_attribution(
     return torch.cat(kept)
 
 
+@forward.outside_inference_mode
 def neuron_path(
     model: nn.Module, inputs: forward.Inputs, target: forward.Target, layers: Iterable[str], *, steps: int = 20,
     top_k: int = 1, positions: Any = 0, reuse: bool = True, max_bytes: int = MAX_BYTES, progress: bool = False,
@@ -154,7 +160,7 @@ def neuron_path(
             except RuntimeError as error:  # among them NotImplementedError: no forward derivative
                 if kind is Recompute:
                     raise
-                warnings.warn(f"recomputing every step in full: {str(error).splitlines()[0]}", stacklevel=2)
+                warnings.warn(f"recomputing every step in full: {str(error).splitlines()[0]}", stacklevel=3)
                 kind, bar.n = Recompute, done
                 waiting.insert(0, chosen)
                 continue

@@ -49,8 +49,11 @@ class Site:
         return hooks.Edit(change, None, self.positions, label="overwrite")
 
 
-def site(module: nn.Module, name: str, tensor: Tensor, positions: Any, examples: int) -> Site:
-    """The site of a layer whose output is ``tensor``; position 0 of a layer without positions is the layer itself.
+def site(
+    module: nn.Module, name: str, tensor: Tensor, positions: Any, examples: int, *, whole_maps: bool = False
+) -> Site:
+    """The site of a layer whose output is ``tensor``; position 0 of a layer without positions is the layer itself,
+    and with ``whole_maps`` that of a map is the whole map.
 
     Raises: ValueError (positions that the layer does not have, an output whose axis 0 does not count examples),
     IndexError (a position out of range).
@@ -58,8 +61,9 @@ def site(module: nn.Module, name: str, tensor: Tensor, positions: Any, examples:
     shape = tuple(tensor.shape)
     if shape[0] != examples:
         raise ValueError(f"layer {name!r} puts out {shape} for {examples} examples; axis 0 must count examples")
-    if tensor.ndim == 2 and isinstance(positions, int) and not isinstance(positions, bool) and positions == 0:
-        positions = None
+    if type(positions) is int and positions == 0:
+        if tensor.ndim == 2 or (whole_maps and tensor.ndim > 3):
+            positions = None
     found = Site(name, module, positions)
     try:
         found.rows(tensor[:1])
@@ -80,7 +84,9 @@ class Observed(NamedTuple):
     ran: list[str]
 
 
-def observe(model: nn.Module, inputs: forward.Inputs, layers: str | Iterable[str], positions: Any) -> Observed:
+def observe(
+    model: nn.Module, inputs: forward.Inputs, layers: str | Iterable[str], positions: Any, *, whole_maps: bool = False
+) -> Observed:
     """One clean forward: the model's output, and the rows ``[N, P, F]`` of some layers.
 
     Raises: LayerNotFound, LayerDidNotRun, and as :func:`site`.
@@ -96,7 +102,7 @@ def observe(model: nn.Module, inputs: forward.Inputs, layers: str | Iterable[str
         acts = stack.enter_context(hooks.record(model, names, to=None))
         output = forward.call(model, inputs)
     n = forward.batch_size(inputs)
-    sites = [site(modules[name], name, acts[name], positions, n) for name in names]
+    sites = [site(modules[name], name, acts[name], positions, n, whole_maps=whole_maps) for name in names]
     return Observed(output, sites, [s.rows(acts[s.name]) for s in sites], ran)
 
 

@@ -42,10 +42,13 @@ def search(text: str):
 
     Words are looked for in slug, title, authors, chapter, venue, year and arXiv id, without regard to case, accents
     or hyphens; a word found nowhere is replaced by the nearest spelling that is. An empty text matches everything.
+    Raises: TypeError for anything but text.
 
     >>> papers.search("gradcam")["slug"][0]
     'grad-cam'
     """
+    if not isinstance(text, str):
+        raise TypeError(f"search takes words as one text, not {type(text).__name__}")
     papers = list(_catalogue.papers().values())
     words = [_nearest_spelling(word, papers) for word in _plain(text).split()]
     scores = {paper.slug: [_score(word, paper) for word in words] for paper in papers}

@@ -27,6 +27,7 @@ def explain(
     method: str = "auto",
     *,
     output: Output = None,
+    target: Output = None,
     seed: int = 0,
     n_samples: int | None = None,
     tolerance: float = 1e-3,
@@ -44,7 +45,7 @@ def explain(
     ``output``: what is explained. A classifier's P(second class) by default where it has two, else a class label; a
     regressor's prediction; for a torch module or callable the output as returned, and an index where there are
     several (a module that returns logits is explained in logits). A callable turns the model's output
-    (``predict_proba`` for a classifier) into one score a row.
+    (``predict_proba`` for a classifier) into one score a row. ``target`` is another name of it.
 
     ``method``:
 
@@ -73,7 +74,7 @@ def explain(
         raise ValueError(f"method {method!r} is unknown{did_you_mean(str(method), METHODS)}")
     if n_samples is not None and n_samples < 1:
         raise ValueError(f"n_samples must be at least 1, not {n_samples}")
-    played = game(model, X, background, output=output, seed=seed, batch=batch)
+    played = game(model, X, background, output=_either(output, target), seed=seed, batch=batch)
     features = played.table.x.shape[1]
     how = plan(played) if method in ("auto", "tree") else None
     if method == "auto":
@@ -99,27 +100,35 @@ def group_shapley(
     model: Any,
     X: Any,
     background: Any,
-    groups: Mapping[str, Sequence[str]],
+    groups: Mapping[str, Sequence[str | int]],
     *,
     output: Output = None,
+    target: Output = None,
     seed: int = 0,
     tolerance: float = 1e-3,
     batch: int = 16384,
 ) -> Explanation:
     """Exact Shapley values with groups of features as the players: a group comes from x or from b as one.
 
-    ``groups`` maps a name to its features; a feature in none is a player of its own. At most 12 players. The value of
-    a group is the sum of its members' values where members interact with no other feature, not otherwise (Owen 1977;
-    ``group`` gives that sum). Other arguments, result and errors as for ``explain``; ``values`` is [N, players].
+    ``groups`` maps a name to its features, as for ``group``; a feature in none is a player of its own. At most 12
+    players. The value of a group is the sum of its members' values where members interact with no other feature, not
+    otherwise (Owen 1977; ``group`` gives that sum). Other arguments, result and errors as for ``explain``; ``values``
+    is [N, players].
 
     >>> group_shapley(forest, X_test, X_train, aspects(X_train, 0.5), output="AD")
     """
-    played = game(model, X, background, output=output, seed=seed, batch=batch)
+    played = game(model, X, background, output=_either(output, target), seed=seed, batch=batch)
     names, owner = owners(groups, played.table.names)
     data = played.table.frame if len(names) == len(owner) else None
     if data is not None:
         data = data.iloc[:, np.argsort(owner)].set_axis(names, axis=1)
     return warn_of_gap(_finish(played, exact(played, owner), names, data, "exact"), tolerance)
+
+
+def _either(output: Output, target: Output) -> Output:
+    if output is not None and target is not None:
+        raise TypeError("output= and target= are two names of one argument; give one of them")
+    return target if output is None else output
 
 
 def _choose(played: Game, how: Plan | str) -> str:

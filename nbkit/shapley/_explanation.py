@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -120,13 +121,15 @@ def warn_of_gap(explanation: Explanation, tolerance: float) -> Explanation:
     return explanation
 
 
-def group(explanation: Explanation, groups: Mapping[str, Sequence[str]]) -> Explanation:
+def group(explanation: Explanation, groups: Mapping[str, Sequence[str | int]]) -> Explanation:
     """The same explanation with the values of each group's members summed; features in no group stay as they are.
 
     This is additive aggregation: it keeps the sum, but it is the Shapley value of the group as one player only where
-    members do not interact with other features; ``group_shapley`` computes that one.
+    members do not interact with other features; ``group_shapley`` computes that one. A member is the name of a feature,
+    or an int that is no name: its column.
 
-    Raises: UnknownName (a feature that is not there), ValueError (empty group, or a feature in two groups).
+    Raises: UnknownName (a feature that is not there), IndexError (a column), ValueError (empty group, or a feature in
+    two groups).
 
     >>> group(explanation, {"anatomy": ["eTIV", "nWBV", "ASF"]})
     """
@@ -139,10 +142,12 @@ def group(explanation: Explanation, groups: Mapping[str, Sequence[str]]) -> Expl
     return replace(explanation, values=values, feature_names=names, data=data)
 
 
-def owners(groups: Mapping[str, Sequence[str]], features: Sequence[str]) -> tuple[list[str], np.ndarray]:
+def owners(
+    groups: Mapping[str, Sequence[str | int]], features: Sequence[str]
+) -> tuple[list[str], np.ndarray]:
     """Names of the players, and for each feature [P] the index of its player: groups first, then what is left.
 
-    Raises: TypeError (not a mapping), UnknownName, ValueError.
+    Raises: TypeError (not a mapping), UnknownName, IndexError, ValueError.
     """
     if not isinstance(groups, Mapping):
         raise TypeError(f"groups must map a name to its features, not {type(groups).__name__}")
@@ -150,15 +155,13 @@ def owners(groups: Mapping[str, Sequence[str]], features: Sequence[str]) -> tupl
     owner = np.full(len(features), -1)
     names = [str(name) for name in groups]
     for g, (name, members) in enumerate(groups.items()):
-        members = [members] if isinstance(members, str) else [str(m) for m in members]
+        members = [members] if isinstance(members, (str, Integral)) else list(members)
         if not members:
             raise ValueError(f"group {name!r} is empty")
         for member in members:
-            if member not in features:
-                raise UnknownName(f"group {name!r} names {member!r}{did_you_mean(member, features)}")
-            j = features.index(member)
+            j = _column(name, member, features)
             if owner[j] >= 0:
-                raise ValueError(f"feature {member!r} is in {names[owner[j]]!r} and again in {name!r}")
+                raise ValueError(f"feature {features[j]!r} is in {names[owner[j]]!r} and again in {name!r}")
             owner[j] = g
     for j in np.flatnonzero(owner < 0):
         owner[j] = len(names)
@@ -167,6 +170,16 @@ def owners(groups: Mapping[str, Sequence[str]], features: Sequence[str]) -> tupl
         twice = sorted({n for n in names if names.count(n) > 1})
         raise ValueError(f"a group and another group or feature share a name: {', '.join(twice)}")
     return names, owner
+
+
+def _column(group: str, member: str | int, features: list[str]) -> int:
+    if str(member) in features:
+        return features.index(str(member))
+    if not isinstance(member, Integral):
+        raise UnknownName(f"group {group!r} names {member!r}{did_you_mean(str(member), features)}")
+    if not 0 <= member < len(features):
+        raise IndexError(f"group {group!r} names column {member}; there are columns 0 to {len(features) - 1}")
+    return int(member)
 
 
 def _plottable(data: pd.DataFrame) -> np.ndarray:

@@ -11,6 +11,7 @@ from nbkit.shapley._game import Game
 from nbkit.shapley._predict import module_score
 
 
+@torch.inference_mode(False)  # autograd follows nothing in that mode
 def expected_gradients(played: Game, *, draws: int, seed: int) -> np.ndarray:
     """Estimates [N, P] of E[(x - b) * df/dx at b + t (x - b)], b from the background and t uniform in (0, 1).
 

@@ -31,7 +31,9 @@ def beeswarm(explanation: Explanation, *, ax: Axes | None = None, max_display: i
     return ax
 
 
-def waterfall(explanation: Explanation, row: int, *, ax: Axes | None = None, max_display: int = 10) -> Axes:
+def waterfall(
+    explanation: Explanation, row: int = 0, *, ax: Axes | None = None, max_display: int = 10
+) -> Axes:
     """From the base value to the prediction of one row, a bar for each feature (shap's waterfall).
 
     ``row``: which of the N rows; ``ax`` as for ``beeswarm`` (its figure keeps its size). Returns the axes.

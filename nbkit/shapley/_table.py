@@ -137,7 +137,8 @@ def _decoder(model: Any, X: Any, joint: pd.DataFrame, lookups: dict[int, Any], *
     dtypes = list(joint.dtypes)
     if isinstance(model, nn.Module) or (isinstance(X, Tensor) and not hasattr(model, "predict")):
         dtype, where = _tensor_type(model, X, joint)
-        return lambda rows: torch.as_tensor(rows).to(dtype).to(where)  # mps has no float64
+        # a copy, as what runs may work in place; in two steps, as mps has no float64
+        return lambda rows: torch.as_tensor(rows).to(dtype, copy=True).to(where)
 
     def column(j: int, values: np.ndarray):
         return (

@@ -53,7 +53,8 @@ def chain(model: nn.Module) -> list[Layer]:
     """The layers of a chain in the order they run. Raises: TypeError, saying what is no chain; ValueError (empty)."""
     nodes = _line(model)
     layers: list[Layer] = []
-    unknown: str | None = None  # what stands after the last layer seen; it matters only if another layer follows
+    # what stands after the last layer seen; it matters only if another layer follows
+    unknown: str | None = None
     for node in nodes:
         module = model.get_submodule(node.target) if node.op == "call_module" else None
         if isinstance(module, (nn.Linear, _ConvNd)):

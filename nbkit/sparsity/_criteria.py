@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nbkit import forward, hooks
-from nbkit.sparsity._weights import Names, check_finite, prunable
+from nbkit.sparsity._weights import Names, attention_around, check_finite, prunable
 
 Scores = dict[str, Tensor]
 Loss = Callable[[object, forward.Target], Tensor]
@@ -57,6 +57,7 @@ def lamp(model: nn.Module, *, layers: Names = None, exclude: Names = ()) -> Scor
     return scores
 
 
+@forward.outside_inference_mode
 def snip(
     model: nn.Module, inputs: forward.Inputs, target: forward.Target = None, *, loss: Loss | None = None,
     batch: int = 128, layers: Names = None, exclude: Names = (),
@@ -66,7 +67,7 @@ def snip(
     ``inputs`` [N, ...] run ``batch`` at a time, which bounds memory and changes the result by rounding only.
     ``target``: classes (None takes the predicted ones) and L is the cross-entropy; or a callable on the output that
     gives [N] scores, and L is their mean. ``loss(output, target)`` gives another mean loss; ``target`` is then handed
-    on, a slice of it where it is a tensor.
+    on, a slice of it where it is a tensor. A model with one output [N, 1] needs it: one class has a cross-entropy of 0.
 
     Raises: NotFinite, IndexError, ValueError, TypeError for bad inputs, targets or weights; as :func:`prunable`.
 
@@ -84,6 +85,7 @@ def snip(
     return {name: (score / norm if norm else score).cpu() for name, score in scores.items()}
 
 
+@forward.outside_inference_mode
 def taylor(
     model: nn.Module, inputs: forward.Inputs, target: forward.Target = None, *, loss: Loss | None = None,
     batch: int = 32, layers: Names = None, exclude: Names = (),
@@ -108,6 +110,7 @@ def taylor(
     return {name: (total / seen).cpu() for name, total in sums.items()}
 
 
+@forward.outside_inference_mode
 def relevance(
     model: nn.Module, inputs: forward.Inputs, target: forward.Target = None, *, per: str = "weight",
     batch: int = 64, layers: Names = None, exclude: Names = (),
@@ -120,7 +123,8 @@ def relevance(
 
     ``per="unit"``: the mean over examples of ``|sum over positions of z_j dy/dz_j|``, gradient x activation of the
     layer's output z, as ``{parameter name: [units]}`` for :func:`structured`. Signed, the weights' relevances of a
-    unit and its bias's sum to this. Batched, ``batch`` examples at a time. Layers that did not run score 0.
+    unit and its bias's sum to this. Batched, ``batch`` examples at a time. Layers that did not run score 0. For the
+    ``out_proj`` of an ``nn.MultiheadAttention``, z is the attention's output.
 
     ``target``: None (predicted class), int, ints [N], or a callable on the output giving [N] scores.
 
@@ -146,6 +150,7 @@ def _unit_relevance(
     model: nn.Module, weights: Mapping[str, nn.Parameter], inputs: forward.Inputs, target: forward.Target, batch: int
 ) -> Scores:
     names = {name: name.rpartition(".")[0] for name in weights}
+    names = {name: attention_around(model, layer) or layer for name, layer in names.items()}
     sums = {name: torch.zeros(_units(hooks.get_layer(model, names[name]))) for name in weights}
     for rows, goal in _batches(model, inputs, target, batch):
         with forward.evaluating(model), torch.enable_grad(), forward.requiring_grad(weights.values(), True):
@@ -155,8 +160,10 @@ def _unit_relevance(
             found = torch.autograd.grad(score, [outputs[names[n]] for n in ran], allow_unused=True)
         for name, gradient in zip(ran, found, strict=True):
             if gradient is not None:
-                flow = outputs[names[name]].detach() * gradient
-                axis = hooks.neuron_axis(flow, hooks.get_layer(model, names[name]))
+                flow, module = outputs[names[name]].detach() * gradient, hooks.get_layer(model, names[name])
+                if not getattr(module, "batch_first", True):  # attention over [T, N, F]
+                    flow = flow.transpose(0, 1)
+                axis = hooks.neuron_axis(flow, module)
                 each = flow.movedim(axis, 1).flatten(2).sum(2) if flow.ndim > 2 else flow
                 sums[name] += each.abs().sum(0).cpu()
     return {name: total / forward.batch_size(inputs) for name, total in sums.items()}
@@ -202,7 +209,12 @@ def _mean_loss(output: object, target: forward.Target) -> Tensor:
     target = forward.resolve_target(output, target)
     if callable(target):
         return forward.scores(output, target).mean()
-    return F.cross_entropy(forward.first_tensor(output), target)
+    logits = forward.first_tensor(output)
+    if logits.shape[1] == 1:
+        raise ValueError(
+            "the model has one output: pass loss= (one class has a cross-entropy of 0), or a callable target"
+        )
+    return F.cross_entropy(logits, target)
 
 
 def _target_score(output: object, target: forward.Target) -> Tensor:
@@ -216,4 +228,6 @@ def _weights(model: nn.Module, layers: Names, exclude: Names) -> dict[str, nn.Pa
 
 
 def _units(module: nn.Module) -> int:
+    if isinstance(module, nn.MultiheadAttention):
+        return module.embed_dim
     return module.out_features if isinstance(module, nn.Linear) else module.out_channels

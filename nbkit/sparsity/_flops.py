@@ -19,7 +19,8 @@ def flops(model: nn.Module, inputs: forward.Inputs, *, masks: Masks | None = Non
 
     A weight is used once at each position: of the output map, of the token sequence, or of the input map for a
     transposed convolution. So ``macs = weights * positions``. One multiply-add is two FLOPs in other counts. Biases,
-    normalisations, activations and attention products are not counted; places in the padding are.
+    normalisations, activations and attention products are not counted; places in the padding are. The projections of
+    an ``nn.MultiheadAttention`` have a row each, ``q_proj``, ``k_proj``, ``v_proj`` and ``out_proj``.
 
     Returns a DataFrame indexed by layer: ``type``, ``weights``, ``positions`` (an example, summed over calls),
     ``macs``, and with ``masks`` also ``kept`` (weights; all of a layer without a mask) and ``macs_kept``.
@@ -32,40 +33,58 @@ def flops(model: nn.Module, inputs: forward.Inputs, *, masks: Masks | None = Non
 
     forward.check_inputs(inputs)
     forward.check_device(model, inputs)
-    if masks is not None:
-        masks._weights(model)
+    by_weight = {id(w): masks[name] for name, w in masks._weights(model).items()} if masks is not None else {}
     n = forward.batch_size(inputs)
-    layers = {path: m for path, m in model.named_modules() if isinstance(m, (nn.Linear, _ConvNd))}
+    products = _products(model)
     positions: dict[str, int] = {}
     with ExitStack() as stack:
-        for path, module in layers.items():
-            stack.callback(module.register_forward_hook(_count_positions(path, positions)).remove)
+        for row, (module, _, _) in products.items():
+            hook = module.register_forward_hook(_count_positions(row, positions), with_kwargs=True)
+            stack.callback(hook.remove)
         with forward.evaluating(model), torch.no_grad():
             forward.call(model, inputs)
-    by_weight = {id(w): masks[name] for name, w in masks._weights(model).items()} if masks is not None else {}
-    asleep = [p for p, m in layers.items() if p not in positions and id(m.weight) in by_weight]
+    asleep = [row for row, (_, w, _) in products.items() if row not in positions and id(w) in by_weight]
     if asleep:
         raise LayerDidNotRun(f"layer {asleep[0]!r} has a mask but did not run in the forward pass")
     rows = {}
-    for path in positions:
-        weight = layers[path].weight
-        kept = int(torch.count_nonzero(by_weight[id(weight)])) if id(weight) in by_weight else weight.numel()
-        at = positions[path] // n
-        rows[path] = (type(layers[path]).__name__, weight.numel(), at, weight.numel() * at, kept, kept * at)
+    for row in positions:
+        module, weight, part = products[row]
+        count, at = weight[part].numel(), positions[row] // n
+        kept = int(torch.count_nonzero(by_weight[id(weight)][part])) if id(weight) in by_weight else count
+        rows[row] = (type(module).__name__, count, at, count * at, kept, kept * at)
     columns = ["type", "weights", "positions", "macs", "kept", "macs_kept"]
     frame = pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("layer")
     return frame if masks is not None else frame.drop(columns=["kept", "macs_kept"])
 
 
-def _count_positions(path: str, positions: dict[str, int]):
-    def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-        if isinstance(module, _ConvTransposeNd):
+def _products(model: nn.Module) -> dict[str, tuple[nn.Module, Tensor, slice]]:
+    """What multiplies with a weight: for each row of the table the module that is called, the weight, its rows used."""
+    found: dict[str, tuple[nn.Module, Tensor, slice]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):  # no hook on its out_proj ever fires
+            prefix, packed = f"{path}." if path else "", module.in_proj_weight
+            for i, name in enumerate(("q_proj", "k_proj", "v_proj")):
+                whole = (getattr(module, f"{name}_weight"), slice(None))
+                part = (packed, slice(i * module.embed_dim, (i + 1) * module.embed_dim))
+                found[prefix + name] = (module, *(whole if packed is None else part))
+            found[f"{prefix}out_proj"] = (module, module.out_proj.weight, slice(None))
+        elif isinstance(module, (nn.Linear, _ConvNd)) and path not in found:
+            found[path] = (module, module.weight, slice(None))
+    return found
+
+
+def _count_positions(row: str, positions: dict[str, int]):
+    def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+        if isinstance(module, nn.MultiheadAttention):
+            given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+            tokens = given[{"k_proj": "key", "v_proj": "value"}.get(row.rpartition(".")[2], "query")]
+            count = tokens.numel() // tokens.shape[-1]
+        elif isinstance(module, _ConvTransposeNd):
             count = args[0].numel() // module.in_channels
         else:
-            count = output.numel() // (
-                module.out_features if isinstance(module, nn.Linear) else module.out_channels
-            )
-        positions[path] = positions.get(path, 0) + count
+            units = module.out_features if isinstance(module, nn.Linear) else module.out_channels
+            count = output.numel() // units
+        positions[row] = positions.get(row, 0) + count
 
     return hook
 

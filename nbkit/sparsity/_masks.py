@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from nbkit.errors import LayerNotFound, NotFittedError, did_you_mean
+from nbkit.errors import LayerNotFound, NotFittedError, UnknownName, did_you_mean
 from nbkit.sparsity._weights import check_finite, same_names
 
 _FORMAT = "nbkit masks 1"
@@ -26,7 +26,8 @@ class Masks(Mapping):
     Two masks over the same parameters meet in ``a & b`` and compare with ``a == b``. Copied or sent to a worker, a
     ``Masks`` leaves behind the original weights that ``apply`` kept.
 
-    Raises: ValueError for values other than 0 and 1, or no tensor at all; TypeError for what is no tensor.
+    Raises: ValueError for values other than 0 and 1, or no tensor at all; TypeError for what is no tensor; UnknownName,
+    a KeyError, for the mask of a parameter that is not there.
 
     >>> masks = magnitude_mask(model, 0.9)
     >>> masks.apply(model)                      # pruned weights are exactly 0 ...
@@ -42,6 +43,8 @@ class Masks(Mapping):
         self._originals: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
 
     def __getitem__(self, name: str) -> Tensor:
+        if name not in self._masks:
+            raise UnknownName(f"there is no mask of {name!r}{did_you_mean(str(name), self)}")
         return self._masks[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -139,7 +142,8 @@ class Masks(Mapping):
         """Set the pruned weights to 0 again: call it after ``optimizer.step()``, which may have moved them."""
         with torch.no_grad():
             for name, weight in self._weights(model).items():
-                weight.masked_fill_(~self[name].to(weight.device), 0)  # not a product: 0 * -1 is -0, 0 * inf is NaN
+                # not a product: 0 * -1 is -0, 0 * inf is NaN
+                weight.masked_fill_(~self[name].to(weight.device), 0)
         return model
 
     @contextmanager
@@ -191,11 +195,16 @@ class Masks(Mapping):
         return self.post_step(model)
 
     def save(self, path: str | os.PathLike) -> Path:
-        """Write the masks as safetensors, one bit a weight. The file appears whole or not at all. Returns its path."""
+        """Write the masks as safetensors, one bit a weight. The file appears whole or not at all. Returns its path.
+
+        Raises: FileNotFoundError where its folder does not exist.
+        """
         import numpy as np
         from safetensors.torch import save_file
 
         path = Path(path)
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"there is no folder {str(path.parent)!r} to write {path.name!r} in")
         bits = {
             name: torch.from_numpy(np.packbits(mask.cpu().numpy().reshape(-1))) for name, mask in self.items()
         }

@@ -19,9 +19,11 @@ def schedule(
     - ``"iterative"``: each round removes the fraction ``rate`` of the survivors. Give two of ``sparsity``, ``rounds``
       and ``rate``: ``rounds`` and ``rate`` gives 1 - (1 - rate)^r; with ``sparsity`` and ``rounds`` the rate is
       solved for; with ``sparsity`` and ``rate`` the last round is cut to end at ``sparsity``.
-    - ``"cubic"``: sparsity + (initial - sparsity)(1 - t / rounds)³ for t = 1 ... rounds, fast first.
+    - ``"gradual cubic"``, or ``"gradual"`` or ``"cubic"``: sparsity + (initial - sparsity)(1 - t / rounds)³ for
+      t = 1 ... rounds, fast first.
 
-    ``initial`` is the sparsity before the first round.
+    ``-``, ``_`` and spaces in the kind do not matter: ``"one_shot"``. ``initial`` is the sparsity before the first
+    round.
 
     Raises: ValueError for another kind, a missing or superfluous argument, sparsity below ``initial``, or numbers
     outside [0, 1); fewer than one round.
@@ -30,9 +32,11 @@ def schedule(
 
     >>> schedule("cubic", 0.8, 4)                # 0.4625, 0.7, 0.7875, 0.8 up to rounding
     """
-    kinds = {"one-shot": _one_shot, "iterative": _iterative, "cubic": _cubic}
-    if kind not in kinds:
-        raise ValueError(f"kind must be one of {', '.join(map(repr, kinds))}, not {kind!r}")
+    kinds = dict.fromkeys(("gradualcubic", "gradual", "cubic"), _cubic)
+    kinds |= {"oneshot": _one_shot, "iterative": _iterative}
+    plain = "".join(c for c in str(kind) if c not in "-_ ")
+    if plain not in kinds:
+        raise ValueError(f"kind must be 'one-shot', 'iterative' or 'gradual cubic', not {kind!r}")
     initial = check_sparsity(initial, "initial")
     if sparsity is not None and check_sparsity(sparsity) < initial:
         raise ValueError(f"sparsity {sparsity} is below the initial sparsity {initial}")
@@ -40,7 +44,7 @@ def schedule(
         raise ValueError(f"rounds must be an int of at least 1, not {rounds!r}")
     if rate is not None and not check_sparsity(rate, "rate") > 0:
         raise ValueError(f"rate must lie in (0, 1); it is {rate}")
-    return kinds[kind](sparsity, rounds, rate, initial)
+    return kinds[plain](sparsity, rounds, rate, initial)
 
 
 def _one_shot(sparsity, rounds, rate, initial) -> list[float]:

@@ -160,7 +160,8 @@ def _cut(group: _Group, index: Tensor, modules: Mapping[nn.Module, nn.Module]) -
         _take(norm, ("weight", "bias", "running_mean", "running_var"), index)
         setattr(norm, "num_parameters" if isinstance(norm, nn.PReLU) else "num_features", len(index))
     reader = modules[group.reader.module]
-    places = group.reader.inputs // group.channels  # a flattened map holds all places of a channel side by side
+    # a flattened map holds all places of a channel side by side
+    places = group.reader.inputs // group.channels
     columns = (index[:, None] * places + torch.arange(places)).flatten()
     _take(reader, ("weight",), columns, dim=1)
     if isinstance(reader, nn.Linear):

@@ -17,9 +17,9 @@ Names = str | Iterable[str] | None
 def prunable(model: nn.Module, *, layers: Names = None, exclude: Names = ()) -> dict[str, nn.Parameter]:
     """The weights a mask may cover: ``weight`` of every ``Linear`` and convolution, in the order of the model.
 
-    Biases, normalisations and embeddings are left out. A weight shared by several layers counts once. ``layers``
-    keeps only, ``exclude`` drops, what they name: a layer (``"fc1"``), its weight (``"fc1.weight"``), or a block
-    that holds layers (``"encoder"``).
+    Biases, normalisations, embeddings and the packed ``in_proj_weight`` of attention are left out. A weight shared by
+    several layers counts once. ``layers`` keeps only, ``exclude`` drops, what they name: a layer (``"fc1"``), its
+    weight (``"fc1.weight"``), or a block that holds layers (``"encoder"``).
 
     Raises: LayerNotFound for an unknown name; ValueError where nothing is left to prune, or where a layer computes
     its weight (torch's own pruning, a parametrization), so that a mask on it would be lost.
@@ -50,6 +50,14 @@ def prunable(model: nn.Module, *, layers: Names = None, exclude: Names = ()) -> 
     if not found or not any(w.numel() for w in found.values()):
         raise ValueError("no prunable layers: the model (or what was selected of it) has no Linear or Conv weight")
     return found
+
+
+def attention_around(model: nn.Module, layer: str) -> str | None:
+    """The ``nn.MultiheadAttention`` whose ``out_proj`` a layer is, None for any other layer. It uses the weight without
+    calling the layer, so that a hook sees only the attention run."""
+    path, _, name = layer.rpartition(".")
+    inside = name == "out_proj" and isinstance(model.get_submodule(path), nn.MultiheadAttention)
+    return path if inside else None
 
 
 def select(names: Names, known: Iterable[str], *, also: Iterable[str] = ()) -> set[str]:

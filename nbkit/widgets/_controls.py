@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import sys
+from collections.abc import KeysView, Mapping
 from numbers import Integral, Real
 from typing import Any
 
 import ipywidgets
+import numpy as np
 
 from nbkit.errors import NotFinite, did_you_mean
 
@@ -33,13 +35,20 @@ def control(name: str, spec: Any, initial: Any = None) -> ipywidgets.Widget | No
         widget = ipywidgets.Text(value=spec, description=readable, continuous_update=False, style=_WIDE)
     elif isinstance(spec, tuple):
         widget = _slider(name, spec, readable)
-    elif isinstance(spec, (list, range, Mapping)):
+    elif isinstance(spec, Mapping) or _is_list(spec):
         widget = _menu(name, spec, readable)
     else:
         return None
     if initial is not None:
         assign(name, widget, initial)
     return widget
+
+
+def _is_list(spec: Any) -> bool:
+    """Whether ``spec`` is a row of options; a matrix, a tensor or a Series is data to pass on."""
+    pandas = sys.modules.get("pandas")  # where it is not loaded, nothing is an Index
+    row = isinstance(spec, np.ndarray) and spec.ndim == 1
+    return row or isinstance(spec, (list, range, KeysView)) or (pandas is not None and isinstance(spec, pandas.Index))
 
 
 def _slider(name: str, spec: tuple, readable: str):
@@ -68,7 +77,8 @@ def _decimals(*numbers: float) -> int:
 
 
 def _menu(name: str, spec, readable: str):
-    options = list(spec.items()) if isinstance(spec, Mapping) else [(str(v), v) for v in spec]
+    values = spec.tolist() if isinstance(spec, np.ndarray) else spec
+    options = list(spec.items()) if isinstance(spec, Mapping) else [(str(v), v) for v in values]
     if not options:
         raise ValueError(f"control {name!r}: there is nothing to choose from")
     return ipywidgets.Dropdown(
@@ -87,17 +97,25 @@ def is_menu(widget) -> bool:
 
 
 def is_range(widget) -> bool:
-    return widget.has_trait("min") and widget.has_trait("max")
+    return all(isinstance(getattr(widget, end, None), Real) for end in ("min", "max"))
 
 
 def read(widget) -> Any:
-    """The widget's value; floats without the noise (0.30000000000000004) that a slider's steps add up to."""
+    """The widget's value; a slider's without the noise (0.30000000000000004) that its steps add up to."""
     value = widget.value
-    return round(value, 10) if isinstance(value, float) else value
+    if isinstance(widget, ipywidgets.FloatLogSlider):
+        return float(f"{value:.12g}")
+    if isinstance(widget, ipywidgets.FloatSlider) and widget.step:
+        return round(value, 9 - math.floor(math.log10(widget.step)))
+    return value
 
 
 def assign(name: str, widget, value: Any) -> None:
-    """Give a control a value, for a menu also by label. Raises: ValueError where it cannot take that value."""
+    """Give a control a value, for a menu also by label.
+
+    Raises: ValueError where it cannot take that value; the control is left as it was.
+    """
+    before = state(widget)
     if is_menu(widget):
         labels = list(widget._options_labels)
         if isinstance(value, str) and value in labels:
@@ -115,6 +133,18 @@ def assign(name: str, widget, value: Any) -> None:
     except Exception as error:
         hint = did_you_mean(str(value), labels) if is_menu(widget) else f": {error}"
         raise ValueError(f"control {name!r} cannot take {value!r}{hint}") from error
+    if not _took(widget, value):
+        nearest = widget.value
+        setattr(widget, *before)
+        raise ValueError(f"control {name!r} cannot take {value!r}; the nearest it can is {nearest!r}")
+
+
+def _took(widget, value: Any) -> bool:
+    """Whether the widget stands at ``value``: it may have cut off a fraction, or moved an end into its range."""
+    there = widget.value
+    if isinstance(there, (tuple, list)):
+        return is_menu(widget) or list(there) == list(value)
+    return is_menu(widget) or not isinstance(there, (str, Real)) or there == value
 
 
 def state(widget) -> tuple[str, Any]:
@@ -134,6 +164,8 @@ def samples(widget, most: int = 8) -> list[tuple[str, Any]]:
     if is_menu(widget):
         count = len(widget._options_labels)
         spread = sorted({round(i * (count - 1) / max(1, most - 1)) for i in range(most)}) if count else []
+        if isinstance(widget, ipywidgets.SelectionRangeSlider):
+            return [("index", (0, i)) for i in spread]
         several = isinstance(widget.index, tuple)
         return [("index", (i,) if several else i) for i in spread]
     if isinstance(value, bool):

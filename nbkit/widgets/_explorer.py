@@ -48,8 +48,8 @@ def explore(
     Args:
         controls: by the names of render's arguments, each one of: a picker or any ipywidget with a ``value``;
             a tuple ``(min, max)``, ``(min, max, step)`` or ``(min, max, step, value)``, a slider, over ints where all
-            are ints; a list, a menu; a dict label -> value, a menu; a bool, a tick box; a string, a line of text.
-            Anything else is passed on unchanged.
+            are ints; a list, a menu, as are a range, an array with one axis, an Index and a dict's keys; a dict
+            label -> value, a menu; a bool, a tick box; a string, a line of text. Anything else is passed on unchanged.
         initial: where controls start, by name; for a menu the value or the label.
         figsize, dpi: of the picture; inches and pixels an inch. An axis has up to seven ticks, unless render sets them.
         cache_bytes: frames kept, in bytes; 0 keeps none.
@@ -154,14 +154,15 @@ class Explorer:
 
     def close(self) -> None:
         """Stop following the controls and free the frames; the pickers that were handed in stay usable."""
+        if self not in alive:
+            return
         for widget in self.controls.values():
             widget.unobserve(self._changed, ["value", "index"] if _controls.is_menu(widget) else "value")
         self._cache.clear()
         self._stale = False
         for part in (*self.widget.children, self.widget):
             part.close()
-        if self in alive:
-            alive.remove(self)
+        alive.remove(self)
 
     def _changed(self, _change=None) -> None:
         """A control moved: draw now or, in a kernel, shortly, once for all the moves that arrived by then.
@@ -184,13 +185,17 @@ class Explorer:
             return
         # before reading: a move that arrives while the frame is drawn makes it stale again
         self._stale = False
-        values = self.values
-        png = self._cache.get(values)
-        if png is None:
-            with collecting_afterwards():  # after the picture is on its way
-                self._show_new(values)
-        else:
-            self._show(png)
+        try:
+            values = self.values
+            png = self._cache.get(values)
+            if png is None:
+                with collecting_afterwards():  # after the picture is on its way
+                    self._show_new(values)
+            else:
+                self._show(png)
+        except BaseException:  # render was interrupted: the picture is still that of other values
+            self._stale = True
+            raise
 
     def _show_new(self, values: dict[str, Any]) -> None:
         try:

@@ -66,7 +66,7 @@ class Canvas:
         figure = self.figure
         # clear() first rebuilds the ticks of every axes that it then drops: a fifth of the time of a small frame
         for ax in list(figure.axes):
-            figure.delaxes(ax)
+            ax.figure.delaxes(ax)  # which may be a subfigure
         figure.clear()
         if figure.get_layout_engine() is not None:
             with _no_automatic_layout():

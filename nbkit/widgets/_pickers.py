@@ -25,7 +25,8 @@ class LayerPicker(ipywidgets.Dropdown):
         only: only these layers, in this order: a dotted name, a shell pattern (``"blocks.*.mlp.fc1"``) or several.
         value: the layer picked at first; without it, the first.
 
-    Raises: LayerNotFound (``only`` or ``value`` name no layer on offer), ValueError (nothing left to pick from).
+    Raises: LayerNotFound (``only`` or ``value`` name no layer on offer), ValueError (nothing left to pick from),
+    TypeError (``model`` is no module).
 
     >>> LayerPicker(model, types="Conv2d").value
     'conv1'
@@ -43,6 +44,8 @@ class LayerPicker(ipywidgets.Dropdown):
         value: str | None = None,
         description: str | None = None,
     ):
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
         table = hooks.layers(model, example).set_index("name")
         names = _chosen(model, table, types, only, ran=example is not None)
         if not names:
@@ -110,7 +113,8 @@ class NeuronPicker(ipywidgets.IntSlider):
             style=_WIDE,
         )
         self.source = source
-        source.observe(self._follow, "value")
+        # the menu tells of its index before its value: the range has to fit before an explorer hears of either
+        source.observe(self._follow, ["value", "index"])
 
     def _follow(self, _change) -> None:
         if self.source.value is not None:

@@ -68,11 +68,10 @@ def test_a_transformers_model_is_asked_for_its_attentions(device):
     torch.manual_seed(0)
     net = transformers.ViTForImageClassification(config).to(device)
     inputs = {"pixel_values": torch.randn(2, 3, 16, 16, device=device)}
-    with pytest.raises(ValueError, match="eager"):
-        net.set_attn_implementation("sdpa")
-        attention_rollout(net, inputs)
-    net.set_attn_implementation("eager")
+    net.set_attn_implementation("sdpa")
     rollout = attention_rollout(net, inputs, token=0)
+    assert net.config._attn_implementation == "sdpa"  # back to what it was
+    net.set_attn_implementation("eager")
     with torch.no_grad():
         attentions = net.eval()(**inputs, output_attentions=True).attentions
     expected = torch.eye(17, device=device).expand(2, 17, 17)

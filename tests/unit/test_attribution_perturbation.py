@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from captum.attr import Occlusion
@@ -243,3 +245,23 @@ def test_rise_does_not_depend_on_the_batch_but_on_the_seed():
         rise(nn.Linear(3, 2), torch.randn(2, 3), 0)
     with pytest.raises(ValueError, match="0 < p < 1"):
         rise(net, x, 0, p=1.0)
+
+
+class KeepsAScale(nn.Module):
+    """A model that makes a tensor in its first forward and keeps it, as lazily built masks and positions are kept."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.scale = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), None
+
+    def forward(self, x):
+        self.scale = torch.full((3,), 2.0, device=x.device) if self.scale is None else self.scale
+        return self.body(x) * self.scale
+
+
+@pytest.mark.parametrize("method", [partial(occlusion, window=4), partial(rise, masks=8)])
+def test_a_model_that_first_ran_here_can_still_be_trained(device, method):
+    model, x = KeepsAScale().to(device), torch.randn(2, 1, 8, 8, device=device)
+    method(model, x, 0)
+    model(x).sum().backward()
+    assert model.body[1].weight.grad.abs().sum() > 0

@@ -127,7 +127,8 @@ def test_zplus_by_hand():
         net.weight.copy_(torch.tensor([[3.0, -1.0], [1.0, 1.0]]))
     for target, share in ((0, [1, 0]), (1, [1 / 3, 2 / 3])):
         score = net(x)[0, target].item()
-        assert (layer_relevance(net, x, target, rule="zplus")[0] / score).tolist() == pytest.approx(share, abs=1e-5)
+        for rule in ("zplus", "z-plus", {"Linear": "z_plus"}):
+            assert (layer_relevance(net, x, target, rule=rule)[0] / score).tolist() == pytest.approx(share, abs=1e-5)
 
 
 def test_gamma_and_epsilon_by_hand():

@@ -68,6 +68,19 @@ def test_values_may_come_as_any_sequence_of_numbers(values):
     assert record(ours={"x": values}).ours == {"x": (1.0, 2.0)}
 
 
+@pytest.mark.parametrize(("ours", "values"), [(0.25, (0.25,)), ([1, 2], (1.0, 2.0)), (np.arange(2), (0.0, 1.0))])
+def test_figures_without_a_name_are_ours(ours, values):
+    assert record(ours=ours).ours == {"ours": values}
+
+
+@pytest.mark.parametrize(("paper", "text"), [(0.74, "0.74"), (0.0, "0.0"), (np.float64(0.3), "0.3"), ("74 %", "74 %")])
+def test_the_papers_number_and_the_note_may_be_numbers(paper, text):
+    claim = record(paper=paper, note=3)
+    assert (claim.paper, claim.note) == (text, "3")
+    assert f"<i>Paper:</i> {text}" in claim._repr_mimebundle_()["text/html"]
+    assert f"| {text} |" in claims.markdown([claim])
+
+
 def test_one_number_is_one_run():
     assert record(ours={"x": 0.25}).ours == {"x": (0.25,)}
     assert record(ours={"x": torch.tensor(0.25)}).figures == "x 0.25"
@@ -90,6 +103,9 @@ def test_holds_may_be_any_truth_value(holds):
         ({"ours": {"path": [[1.0], [2.0]]}}, ValueError, "one number a run"),
         ({"ours": {"path": [True]}}, ValueError, "one number a run"),
         ({"ours": {"path": ["0.1"]}}, ValueError, "one number a run"),
+        ({"ours": None}, TypeError, "must be a number or a list of numbers, not NoneType"),
+        ({"ours": {"path": "0.1"}}, TypeError, "a list of numbers, not str"),
+        ({"paper": [0.7]}, TypeError, "paper must be a text or a number, not list"),
         ({"holds": 0.3}, TypeError, "holds must be True or False"),
         ({"holds": None}, TypeError, "holds must be True or False"),
         ({"threshold": " "}, ValueError, "threshold"),

@@ -199,6 +199,17 @@ def test_importance_does_not_depend_on_the_batch_and_leaves_the_head_alone(metho
     assert torch.equal(again, found), "None means the predicted class"
 
 
+def test_gradients_are_taken_in_inference_mode_too(device):
+    head, codes, dictionary = linear_case(device)
+    expected = C.concept_importance(head, codes, dictionary, 1, method="gradient")
+    activations = rand(40, 6)
+    bank = C.factorize(activations, 3, "sae", steps=5)
+    with torch.inference_mode():
+        again = C.concept_importance(head, codes + 0, dictionary + 0, 1, method="gradient")
+        assert torch.equal(again, expected)
+        assert torch.equal(C.factorize(activations + 0, 3, "sae", steps=5).codes, bank.codes)
+
+
 def test_a_mask_multiplies_a_concept_at_every_location():
     # y = (sum over places of activation 0) * (of activation 1): the product case, whatever the size of the map
     def head(maps):
@@ -224,8 +235,9 @@ def test_an_offset_belongs_to_the_decoded_activations():
 def test_constant_examples_are_left_out_and_counted():
     head, codes, dictionary = linear_case("cpu")
     with_zeros = torch.cat([codes, torch.zeros(2, 5)])
-    with pytest.warns(RuntimeWarning, match="2 of 8 examples"):
+    with pytest.warns(RuntimeWarning, match="2 of 8 examples") as caught:
         found = C.concept_importance(head, with_zeros, dictionary, 1)
+    assert caught[0].filename == __file__, "the warning points at the call"
     assert torch.equal(found, C.concept_importance(head, codes, dictionary, 1))
     with pytest.raises(ValueError, match="same for every mask"):
         C.concept_importance(head, torch.zeros(2, 5), dictionary, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
+import lzma
 import subprocess
 import sys
 import zipfile
@@ -46,8 +47,10 @@ def test_data_is_as_announced(name):
     elif isinstance(d, datasets.Pictures):
         assert len(d) == about.n and set(d.licences) == set(d.images)
         assert all(a.dtype == np.uint8 and a.shape[2] == 3 for a in d.images.values())
-    else:
+    elif isinstance(d, datasets.Texts):
         assert len(d) == about.n and all(len(t) > 100 for t in d.texts) and len(d.test) == 50
+    else:
+        assert isinstance(d, datasets.Retrieval | datasets.Dictionary) and len(d) == about.n
     assert name in repr(d) and about.title.split("'")[0] in d._repr_html_()
 
 
@@ -94,6 +97,35 @@ def test_parkinson_recordings_stand_where_the_original_names_put_them():
         assert column[voice.groups == subject].iloc[number - 1] == value
 
 
+def test_a_night_runs_from_evening_to_morning():
+    """The first night by hand: six epochs awake from 23:00:14, then S1; the source begins it after midnight."""
+    d = datasets.load("sleep-stages")
+    assert d.frame["Time"][0] == "23:00:14" and d.X["clock"][0] == -1 + 14 / 3600
+    assert d.labels[:9].tolist() == ["W"] * 6 + ["S1"] * 3 and d.X["minutes"][6:8].round(6).tolist() == [3, 0.5]
+    assert d.frame["Time"][8] == "23:04:03" and d.X["epoch"][:9].tolist() == [1] * 8 + [0]
+    by_night = d.X.groupby(d.frame["Series"])
+    assert by_night.ngroups == 62 and (by_night["clock"].diff().dropna() > 0).all()
+    assert d.X["clock"].min() > -4 and d.X["clock"].max() < 9
+    assert (by_night["hours"].first() == 0).all() and d.X["hours"].max() < 12
+
+
+def test_sleep_stages_know_only_what_came_before():
+    d = datasets.load("sleep-stages")
+    first = ~d.frame["Series"].duplicated()
+    assert d.X["previous"][first].isna().all() and d.X["minutes"][first].isna().all()
+    assert (d.X["previous"][~first] == d.y.shift()[~first]).all() and (d.X["minutes"][~first] > 0).all()
+
+
+def test_sleep_epochs_lie_thirty_seconds_apart_and_nights_on_one_side():
+    d = datasets.load("sleep-stages")
+    epochs = d.X[d.X["epoch"] == 1]
+    steps = (3600 * epochs.groupby(d.frame["Series"])["hours"].diff().dropna()).round()
+    assert len(epochs) == 62089 and (steps % 30 == 0).all() and (steps == 30).mean() > 0.99
+    assert d.groups.nunique() == 61 and set(d.frame["Series"][d.groups == 50]) == {50, 51}
+    between = d.labels[d.X["epoch"] == 0].value_counts()
+    assert between[["S1", "S2", "S3", "S4", "MT"]].sum() == 31467 - 9
+
+
 def test_apoe4_counts_alleles():
     d = datasets.load("csf-biomarkers")
     assert d.X["APOE4"][d.frame["Genotype"] == "E4E4"].eq(2).all()
@@ -107,14 +139,25 @@ def test_pictures_by_name_and_as_one_tensor():
     assert x.shape == (len(photos), 3, 32, 32) and 0 <= x.min() and x.max() <= 1
     with pytest.raises(UnknownName, match="did you mean 'chelsea'"):
         photos["chelsey"]
+    with pytest.raises(UnknownName, match="no picture 0; there is"):
+        photos[0]
     with pytest.raises(ValueError, match="resize"):
         photos.tensor(32, resize=16)
+
+
+@pytest.mark.parametrize("name", ["iris", "photos", "digits"])
+def test_a_data_set_equals_itself_alone(name):
+    one, other = datasets.load(name), datasets.load(name)
+    assert one == one and one != other and one.about == other.about
+    assert len({one, other}) == 2
 
 
 def test_unknown_names_name_the_nearest():
     for call in (datasets.load, datasets.about):
         with pytest.raises(UnknownName, match="did you mean 'fashion-mnist'"):
             call("fashion_mnist")
+        with pytest.raises(UnknownName, match="did you mean 'mnist'"):
+            call("MNIST")
     with pytest.raises(KeyError):
         datasets.load("zzzz")
 
@@ -204,9 +247,11 @@ def test_recipes_write_the_same_bytes_every_time(recipe, tmp_path):
     for name in "ab":
         recipe.write_npz(tmp_path / f"{name}.npz", x=x)
         recipe.write_bytes(tmp_path / f"{name}.csv.gz", b"1,2\n" * 100)
-    for end in ("npz", "csv.gz"):
+        recipe.write_records(tmp_path / f"{name}.jsonl.xz", [{"word": "naïve"}])
+    for end in ("npz", "csv.gz", "jsonl.xz"):
         assert (tmp_path / f"a.{end}").read_bytes() == (tmp_path / f"b.{end}").read_bytes()
     assert np.array_equal(np.load(tmp_path / "a.npz")["x"], x)
+    assert lzma.decompress((tmp_path / "a.jsonl.xz").read_bytes()).decode() == '{"word": "naïve"}\n'
 
 
 def test_recipe_parts(recipe):

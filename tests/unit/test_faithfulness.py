@@ -113,6 +113,28 @@ def test_features_of_a_table_are_deleted_too():
     assert (faithfulness.insertion(net, x, torch.rand(5, 4), 0, steps=2).scores.shape) == (5, 3)
 
 
+def test_of_three_axes_numbers_or_rows_go_as_the_map_says():
+    weights = torch.tensor([[4.0, 3.0], [2.0, 1.0]])
+    net, x = linear_net(weights), torch.ones(1, 2, 2)
+    asked = {"steps": 4, "probability": False}
+    grey = faithfulness.deletion(net, x, weights[None], 1, **asked)
+    assert grey.scores.tolist() == [[10, 6, 3, 1, 0]]
+    tokens = faithfulness.deletion(net, x, torch.tensor([[0.0, 1.0]]), 1, steps=2, probability=False)
+    assert tokens.scores.tolist() == [[10, 7, 0]]
+    places = faithfulness.deletion(net, x, torch.tensor([[[0.0, 1.0]]]), 1, steps=2, probability=False)
+    assert places.scores.tolist() == [[10, 6, 0]]
+    with pytest.raises(ValueError, match=r"give \(3, 4, 5\) or \(3, 4\)"):
+        faithfulness.deletion(net, torch.ones(3, 4, 5), torch.ones(3, 5))
+
+
+def test_the_only_output_of_a_model_is_followed_as_it_is():
+    net, x = nn.Linear(4, 1), torch.randn(5, 4)
+    maps = (net.weight[0] * x).detach()
+    curve = faithfulness.deletion(net, x, maps, steps=4)
+    torch.testing.assert_close(curve.scores[:, 0], net(x)[:, 0].detach())
+    torch.testing.assert_close(curve.scores[:, -1], net.bias.detach().expand(5))
+
+
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 10_000))
 def test_a_gradient_has_no_infidelity_for_a_linear_model(seed):
@@ -164,6 +186,8 @@ def test_pointing_game_by_hand():
     # (4, 4) is 2.83 pixels from (2, 2), the nearest of the object
     assert faithfulness.pointing_game(maps, boxes, tolerance=2.8)[1] == 0
     assert faithfulness.pointing_game(maps, boxes, tolerance=2.9)[1] == 1
+    with pytest.raises(ValueError, match="tolerance must be at least 0 pixels, not nan"):
+        faithfulness.pointing_game(maps, boxes, tolerance=float("nan"))
 
 
 def test_a_map_that_is_the_mask_points_at_it():
@@ -227,6 +251,54 @@ def test_randomization_goes_from_the_output_down_and_restores_the_model():
     assert "rank correlation" in repr(result) and "<table>" in result._repr_html_()
     again = faithfulness.randomization_check(net, x, saliency, 2)
     assert torch.equal(again.correlations, result.correlations)
+
+
+class Gain(nn.Module):
+    """A block that resets the layer in it along with a parameter of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain, self.layer = nn.Parameter(torch.ones(4)), nn.Linear(4, 4)
+
+    def reset_parameters(self):
+        nn.init.ones_(self.gain)
+        self.layer.reset_parameters()
+
+    def forward(self, x):
+        return self.gain * self.layer(x)
+
+
+def test_a_model_comes_back_from_resets_of_whole_blocks_and_from_methods_that_train():
+    net, x = (
+        nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), Gain(), nn.Linear(4, 3)).train(),
+        torch.randn(5, 6),
+    )
+    state, modes = copy.deepcopy(net.state_dict()), []
+
+    def plain(model, inputs, target):
+        modes.append(model.training)
+        model.train()  # the statistics of the BatchNorm move
+        inputs = inputs.clone().requires_grad_()
+        return torch.autograd.grad(model(inputs)[:, target].sum(), inputs)[0]
+
+    faithfulness.randomization_check(net, x, plain, 1, layers=["2"])
+    assert modes[0] is False and net.training and net[2].training
+    assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
+
+
+def test_attention_is_randomised_with_its_output_projection():
+    block, x = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), torch.randn(2, 5, 8)
+    net, seen = nn.Sequential(block, nn.Flatten(), nn.Linear(40, 3)), []
+    before = copy.deepcopy(net.state_dict())
+
+    def method(model, inputs, target):
+        attention = model[0].self_attn
+        seen.append(not torch.equal(attention.out_proj.weight, before["0.self_attn.out_proj.weight"]))
+        return saliency(model, inputs, target)
+
+    result = faithfulness.randomization_check(net, x, method, 1)
+    assert result.layers[-1] == "0.self_attn" and seen == [False] * (len(seen) - 1) + [True]
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
 
 
 def test_a_method_that_ignores_the_model_survives_randomization():
@@ -301,6 +373,42 @@ def test_bad_maps_and_regions_are_refused():
         faithfulness.energy_share(maps, regions)
     with pytest.raises(ValueError, match="compared"):
         faithfulness.rank_correlation(maps, maps[:, :4])
+
+
+class Rescaling(nn.Module):
+    """A linear model that works on its input in place, or not, and keeps what it was given last."""
+
+    def __init__(self, inplace):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.inplace, self.kept = nn.Linear(6, 3), inplace, None
+
+    def forward(self, x):
+        self.kept = x.mul_(2).sub_(1) if self.inplace else x * 2 - 1
+        return self.layer(self.kept)
+
+
+@pytest.mark.parametrize("check", [
+    lambda net, x: faithfulness.deletion(net, x, torch.ones(4, 6), 0).scores,
+    lambda net, x: faithfulness.infidelity(net, x, torch.ones(4, 6), 0, samples=5),
+    lambda net, x: faithfulness.randomization_check(net, x, saliency, 0).correlations,
+])  # fmt: skip
+def test_a_model_may_work_in_place_and_be_trained_afterwards(check):
+    x = torch.randn(4, 6)
+    before, net = x.clone(), Rescaling(True)
+    torch.testing.assert_close(check(net, x), check(Rescaling(False), x))
+    assert torch.equal(x, before)
+    net.layer(net.kept.detach()).sum().backward()  # not a tensor of inference mode
+    with torch.inference_mode():
+        check(net, torch.randn(4, 6))
+
+
+def test_results_compare_by_identity():
+    net, x = nn.Linear(6, 3), torch.randn(4, 6)
+    curve = faithfulness.deletion(net, x, x, 0)
+    assert curve == curve and curve != faithfulness.deletion(net, x, x, 0)
+    check = faithfulness.randomization_check(net, x, saliency, 0)
+    assert check == check and check != faithfulness.randomization_check(net, x, saliency, 0)
 
 
 def test_the_model_is_left_alone():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -15,14 +16,14 @@ from nbkit.errors import NotFinite
 def test_a_target_may_be_nothing_an_int_ints_or_a_callable():
     out = torch.tensor([[1.0, 5.0, 2.0], [7.0, 0.0, 3.0]])
     assert forward.scores(out, None).tolist() == [5, 7]
-    assert forward.scores(out, 2).tolist() == [2, 3]
+    assert forward.scores(out, 2).tolist() == forward.scores(out, np.int64(2)).tolist() == [2, 3]
     assert forward.scores(out, torch.tensor([0, 1])).tolist() == [1, 0]
     assert forward.scores(out, lambda o: o.sum(1)).tolist() == [8, 10]
 
 
 def test_logits_are_found_in_what_models_return():
     t = torch.ones(2, 3)
-    for output in (t, (t, "more"), {"mask": None, "logits": t}, SimpleNamespace(logits=t)):
+    for output in (t, (t, "more"), {"features": t + 1, "logits": t}, SimpleNamespace(logits=t)):
         assert forward.first_tensor(output) is t
     with pytest.raises(TypeError, match="no tensor"):
         forward.first_tensor(("a", 1))
@@ -47,6 +48,7 @@ def test_token_outputs_need_a_callable():
     (torch.zeros(0, 3), ValueError, "empty"), (torch.tensor([[float("nan"), 1.0]]), NotFinite, "1 NaN"),
     ([1.0], TypeError, "tensor"), ({"a": 1}, TypeError, "no tensor"),
     ({"a": torch.tensor([float("inf")])}, NotFinite, "a holds 1"),
+    (torch.zeros(1, 2, device="meta"), ValueError, "inputs is on the device meta"),
 ])  # fmt: skip
 def test_bad_inputs(value, error, match):
     with pytest.raises(error, match=match):
@@ -84,3 +86,28 @@ def test_dict_inputs_are_sliced_and_counted():
     assert forward.batch_size(inputs) == 3
     assert forward.take(inputs, slice(0, 2))["x"].shape == (2, 2)
     assert forward.take(inputs, slice(0, 2))["flag"] is True
+
+
+class FirstInPlace(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.mul_(2))
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_model_that_works_in_place_cannot_reach_the_callers_inputs(wrapped):
+    model, x = FirstInPlace(3, 2), torch.ones(4, 3)
+    first = forward.call(model, {"x": x} if wrapped else x)
+    assert torch.equal(forward.call(model, {"x": x} if wrapped else x), first) and (x == 1).all()
+
+
+def test_a_method_that_differentiates_may_be_called_in_inference_mode():
+    @forward.outside_inference_mode
+    def slope(model, inputs):
+        leaf = inputs["x"].detach().requires_grad_()
+        return torch.autograd.grad(model(leaf).sum(), leaf)[0]
+
+    model = nn.Linear(3, 2)
+    with torch.inference_mode():
+        found = slope(model, {"x": torch.ones(4, 3)})
+        assert torch.is_inference_mode_enabled()
+    torch.testing.assert_close(found, model.weight.sum(0).expand(4, 3))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import namedtuple
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -87,6 +88,7 @@ def test_without_an_example_the_modules_tell_what_they_can(maps):
 
 @pytest.mark.parametrize("shape, module, axis", [
     ((2, 3), None, 1), ((2, 7, 3), None, 2), ((2, 3, 7), nn.Conv1d(1, 3, 1), 1), ((2, 3, 5, 5), None, 1),
+    ((2, 5, 5, 3), nn.Linear(1, 3), 3), ((2, 5, 5, 3), nn.LayerNorm(3), 3), ((2, 3, 5, 5), nn.Conv2d(1, 3, 1), 1),
 ])  # fmt: skip
 def test_neuron_axis(shape, module, axis):
     assert hooks.neuron_axis(torch.zeros(shape), module) == axis
@@ -97,6 +99,12 @@ def test_unknown_layer_names_the_nearest(tokens):
         hooks.get_layer(tokens[0], "first.fcc")
     with pytest.raises(KeyError):
         record(tokens[0], "nowhere").__enter__()
+
+
+@pytest.mark.parametrize("layers", [None, [nn.ReLU()], nn.ReLU(), 3])
+def test_layers_are_given_by_name(maps, layers):
+    with pytest.raises(TypeError, match="by name"):
+        hooks.resolve(maps[0], layers)
 
 
 def test_a_pattern_names_layers_in_the_models_order(tokens):
@@ -143,6 +151,16 @@ def test_several_forwards_are_joined_or_the_last_is_kept(maps):
         model(x)
         model(x[:1])
     assert all_of_them["2"].shape[0] == 3 and last["2"].shape[0] == 1
+
+
+def test_a_pass_that_broke_off_between_the_layers_leaves_no_rows(maps):
+    model, x = maps
+    with record(model, ["0", "4"]) as acts:
+        with pytest.raises(ZeroDivisionError), edit(model, {"2": replace(lambda part: 1 / 0)}):
+            model(x[:1])
+        model(x)
+        model(x[:1])
+    assert len(acts["0"]) == len(acts["4"]) == len(x) + 1
 
 
 def test_inputs_tuples_and_keyword_arguments(tokens):
@@ -216,6 +234,33 @@ def test_a_bool_mask_selects_positions(tokens):
     with edit(model, {"first.fc": zero(positions=mask)}), record(model, "first.fc") as acts:
         model(x)
     assert (acts["first.fc"][:, mask] == 0).all() and (acts["first.fc"][:, ~mask] != 0).all()
+
+
+def test_a_mask_over_a_map_may_be_a_list_or_an_array(maps):
+    model, x = maps
+    mask = np.zeros(model[:2](x).shape[2:], dtype=bool)
+    mask[0, 0] = True
+    for written in (mask, mask.tolist(), torch.from_numpy(mask)):
+        with edit(model, {"1": zero(positions=written)}), record(model, "1") as acts:
+            model(x)
+        assert (acts["1"] == 0).all(1).all(0).tolist() == mask.tolist()
+
+
+@pytest.mark.parametrize("shape", ["whole", "row"])
+def test_an_in_place_activation_does_not_write_into_a_replacement(device, shape):
+    model, x = conv_net(inplace=True).to(device), torch.randn(2, 1, 6, 6, device=device)
+    new = -torch.ones_like(model[0](x) if shape == "whole" else model[0](x)[:1])
+    for value in (new, lambda part: new, new.clone().requires_grad_()):
+        with edit(model, {"0": replace(value)}):
+            model(x)
+        assert (new == -1).all()
+
+
+def test_all_neurons_may_be_called_all(maps):
+    model, x = maps
+    with edit(model, {"2": zero("all")}), record(model, "2") as acts:
+        model(x)
+    assert (acts["2"] == 0).all()
 
 
 def test_edits_compose_from_left_to_right_and_nest(maps):
@@ -300,6 +345,8 @@ def test_only_the_named_neurons_change(neurons, k, seed):
     (clamp([0, 1], torch.ones(3)), ValueError, "3 values were given for 2 neurons"),
     (replace(torch.ones(9)), ValueError, "does not fit"),
     (zero(torch.tensor([True])), ValueError, "bool mask"),
+    (zero({1, 3}), TypeError, "ints or a bool mask"),
+    (zero(positions=slice(2)), TypeError, "ints or a bool mask"),
 ])  # fmt: skip
 def test_bad_edits_raise_and_leave_the_model_as_it_was(maps, bad, error, match):
     model, x = maps
@@ -312,11 +359,15 @@ def test_bad_edits_raise_and_leave_the_model_as_it_was(maps, bad, error, match):
 def test_edits_are_checked_before_any_hook_is_set(maps):
     model, _ = maps
     before = state_of(model)
-    for edits, error in (({"2": zero(0), "22": zero(0)}, LayerNotFound), ({"2": 3}, TypeError)):
+    wrong = ({"2": 3}, {"2": lambda part: part}, [zero(0)])
+    for edits, error in (({"2": zero(0), "22": zero(0)}, LayerNotFound), *((w, TypeError) for w in wrong)):
         with pytest.raises(error), edit(model, edits):
             pass
-    with pytest.raises(NotFinite):
-        clamp(0, float("nan"))
+    for bad in (lambda: clamp(0, float("nan")), lambda: replace(torch.tensor([1.0, float("inf")]))):
+        with pytest.raises(NotFinite):
+            bad()
+    with pytest.raises(TypeError, match="a number or a tensor"):
+        scale(0, "twice")
     with pytest.raises(ValueError, match="'output' or 'input'"), edit(model, {"2": zero(at="middle")}):
         pass
     assert_untouched(model, before)

@@ -165,6 +165,37 @@ def test_a_hook_on_the_first_layer_still_counts():
         assert (importance.permutation(net, X, y, scoring="neg_log_loss").values == 0).all()
 
 
+class Rescaling(nn.Module):
+    """A linear model whose first operations work in place, or not."""
+
+    def __init__(self, features, inplace):
+        super().__init__()
+        self.layer, self.inplace = mlp(features, 3)[0], inplace
+
+    def forward(self, x):
+        return self.layer(x.mul_(2).sub_(1) if self.inplace else x * 2 - 1)[:, :3]
+
+
+def after_a_wide_layer(features, inplace):
+    first, _, last = mlp(features, 3)
+    return nn.Sequential(first, nn.ReLU(inplace), last)
+
+
+def function(features, inplace):
+    net = Rescaling(features, inplace)
+    return lambda rows: net(rows).detach()
+
+
+@pytest.mark.parametrize("make", [Rescaling, after_a_wide_layer, function])
+def test_operations_in_place_change_neither_the_values_nor_x(make, device):
+    X = torch.tensor(table(60, 70))
+    y, before = np.random.default_rng(1).integers(0, 3, len(X)), X.clone()
+    asked = {"scoring": "neg_log_loss", "n_repeats": 2}
+    inplace, plain = (importance.permutation(make(70, way), X, y, **asked) for way in (True, False))
+    np.testing.assert_array_equal(inplace.values, plain.values)
+    assert torch.equal(X, before)
+
+
 def test_permutation_of_an_estimator_is_scikit_learns(cells):
     model = RandomForestClassifier(5, random_state=0).fit(*cells)
     ours = importance.permutation(model, *cells, scoring="roc_auc", n_repeats=3, seed=5)
@@ -211,7 +242,33 @@ def test_one_output_is_ranked_by_auc_and_two_valued_targets_ask_for_a_scoring():
     found = importance.permutation(net, X, y, scoring="roc_auc", n_repeats=2)
     from sklearn.metrics import roc_auc_score
 
-    assert found.baseline[0] == pytest.approx(roc_auc_score(y, AsRegressor(net).predict(X)))
+    logit = AsRegressor(net).predict(X)
+    assert found.baseline[0] == pytest.approx(roc_auc_score(y, logit))
+    # a logit above 0 is the second label, whatever the labels are called; a function returns a probability
+    column, named = y[:, None].astype(float), np.array(["no", "yes"])[y]
+    for labels in (y, y.astype(bool), column, named):
+        found = importance.permutation(net, X, labels, scoring="accuracy", n_repeats=2)
+        assert found.baseline[0] == pytest.approx(((logit > 0) == y).mean())
+
+    def sigmoid(rows):
+        return 1 / (1 + np.exp(-AsRegressor(net).predict(rows)))
+
+    again = importance.permutation(sigmoid, X, y, scoring="accuracy", n_repeats=2)
+    np.testing.assert_array_equal(again.values, found.values)
+    with pytest.raises(ValueError, match="two labels apart; y holds 3"):
+        importance.permutation(net, X, np.arange(90) % 3, scoring="accuracy")
+
+
+def test_labels_of_a_module_are_the_indices_of_its_outputs():
+    X = np.random.default_rng(0).normal(size=(90, 3)).astype("f4")
+    y, net = X.argmax(1), nn.Identity()
+    for labels in (y, y.astype(float), np.array(["a", "b", "c"])[y]):
+        assert importance.permutation(net, X, labels, n_repeats=1).baseline == 1
+    for labels, wrong in ((y + 5, y[0] + 5), (y - 1, -1)):
+        with pytest.raises(IndexError, match=f"label {wrong} is out of range; the model has classes 0 to 2"):
+            importance.permutation(net, X, labels)
+    with pytest.raises(ValueError, match="2 labels .'a' to 'b'. and the model has 3 outputs"):
+        importance.permutation(net, X, np.array(["a", "b", "a"])[y])
 
 
 def test_a_module_comes_back_as_it_was(device):
@@ -241,8 +298,12 @@ def test_permutation_names_bad_input():
         importance.permutation(net, X, y[:-1])
     with pytest.raises(ValueError, match="'acuracy' is unknown; did you mean 'accuracy'"):
         importance.permutation(net, X, y, scoring="acuracy")
-    with pytest.raises(ValueError, match="y holds 6 labels.*2 outputs"):
+    with pytest.raises(IndexError, match="label 2 is out of range.*0 to 1"):
         importance.permutation(net, X, np.arange(90) % 6)
+    with pytest.raises(TypeError, match="X holds torch.int64 and the model torch.float32"):
+        importance.permutation(net, torch.ones(90, 5, dtype=torch.long), y)
+    tokens = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(20, 2))
+    importance.permutation(tokens, torch.ones(90, 5, dtype=torch.long), y, n_repeats=1)
     with pytest.raises(ValueError, match="at least 1, not 0"):
         importance.permutation(net, X, y, n_repeats=0)
     with pytest.raises(ValueError, match=r"not empty; its shape is \(0, 5\)"):
@@ -382,6 +443,12 @@ def test_ties_go_to_the_first_name_whatever_the_order_of_the_columns():
     tree = DecisionTreeClassifier(random_state=0)
     for columns in (["zeta", "alpha", "noise"], ["noise", "alpha", "zeta"]):
         assert importance.forward_selection(tree, X[columns], twin).selected == ["alpha"]
+
+
+def test_a_regressor_is_selected_for_by_r2_unless_told_otherwise():
+    X = np.random.default_rng(0).normal(size=(80, 3))
+    found = importance.forward_selection(LinearRegression(), X, X[:, 2])
+    assert found.selected == ["x2"] and found.scoring == "r2" and found.path["score"][0] == pytest.approx(1)
 
 
 def test_groups_stay_on_one_side_of_the_split():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 
 import numpy as np
 import pytest
@@ -163,6 +165,13 @@ def test_about_a_trained_network_tells_its_figures(checkpoints):
     assert card.parameters == sum(p.numel() for p in models.load("small-cnn").parameters())
     assert card.figures["accuracy"] == 0.6 and card.figures["seconds"] == 1.5
     assert "data/recipes/toy.py" in card.source and "accuracy 0.6" in card._repr_html_()
+
+
+@pytest.mark.parametrize("name", ["efficientnet-lite0", "small-cnn"])
+def test_a_card_can_be_pickled_copied_and_hashed(checkpoints, name):
+    card = models.about(name)
+    assert pickle.loads(pickle.dumps(card)) == copy.deepcopy(card) == card
+    assert hash(card) == hash(models.about(name))
 
 
 @pytest.mark.parametrize("name", PRETRAINED)

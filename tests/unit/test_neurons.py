@@ -249,13 +249,14 @@ def loop_of_gradients(model, x, layer, select):
 
 
 @pytest.mark.parametrize(
-    ("name", "layer", "position", "select"),
+    ("name", "layer", "positions", "select"),
     [
         ("mlp", "0", 0, lambda v: v),
         ("mlp", "1", None, lambda v: v),
         ("mlp", "4", 0, lambda v: v),
         ("conv", "3", (2, 5), lambda v: v[:, :, 2, 5]),
         ("conv", "4", None, lambda v: v.flatten(2).sum(2)),
+        ("conv", "1", 0, lambda v: v.flatten(2).sum(2)),
         ("tokens", "act", 0, lambda v: v[:, 0]),
         ("tokens", "act", 3, lambda v: v[:, 3]),
         ("tokens", "act", None, lambda v: v.sum(1)),
@@ -265,14 +266,14 @@ def loop_of_gradients(model, x, layer, select):
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("max_bytes", [1, 20_000, 2**29])
-def test_input_gradients_equal_a_loop(device, name, layer, position, select, max_bytes):
+def test_input_gradients_equal_a_loop(device, name, layer, positions, select, max_bytes):
     model, x = MODELS[name][0](device)
     model.eval()
     expected = loop_of_gradients(model, x, layer, select)
-    found = neurons.input_gradients(model, x, layer, position=position, max_bytes=max_bytes)
+    found = neurons.input_gradients(model, x, layer, positions=positions, max_bytes=max_bytes)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
     some = [2, 1]
-    found = neurons.input_gradients(model, x, layer, some, position=position)
+    found = neurons.input_gradients(model, x, layer, some, positions=positions)
     torch.testing.assert_close(found, expected[:, some], rtol=1e-4, atol=1e-6)
 
 
@@ -346,7 +347,7 @@ def of_class(method, **defaults):
 
 
 CALLS = {
-    "activation": lambda model, x, **options: neurons.activation(model, x, **{"layer": "act"} | options),
+    "activation": of_class(neurons.activation),
     "gradient": of_class(neurons.gradient),
     "gradient_x_activation": of_class(neurons.gradient_x_activation),
     "conductance": of_class(neurons.conductance, steps=3),
@@ -384,6 +385,15 @@ def test_model_comes_back_as_it_was(device, name):
 
 
 @pytest.mark.parametrize("name", list(CALLS))
+def test_a_call_in_inference_mode_gives_the_same(device, name):
+    model, x = tokens(device)
+    expected = CALLS[name](model, x)
+    with torch.inference_mode():
+        for inputs in (x, x.clone()):  # the copy is an inference tensor, which autograd refuses
+            torch.testing.assert_close(CALLS[name](model, inputs), expected)
+
+
+@pytest.mark.parametrize("name", list(CALLS))
 def test_bad_input(device, name):
     model, x = tokens(device)
     call = CALLS[name]
@@ -396,9 +406,8 @@ def test_bad_input(device, name):
     model.idle = nn.Linear(2, 2).to(device)
     with pytest.raises(LayerDidNotRun, match="idle"):
         call(model, x, layer="idle")
-    place = "position" if name == "input_gradients" else "positions"
     with pytest.raises(IndexError, match="position 5 is out of range"):
-        call(model, x, **{place: 5})
+        call(model, x, positions=5)
     if name not in ("activation", "input_gradients"):
         with pytest.raises(IndexError, match="target 3 is out of range; the model has classes 0 to 2"):
             call(model, x, target=3)
@@ -415,8 +424,9 @@ def test_bad_options(device):
         neurons.activation(model, x, layer="act", reduce="median")
     with pytest.raises(TypeError, match="one layer"):
         neurons.activation(model, x, layer=["act"])
-    with pytest.raises(ValueError, match="steps must be at least 1"):
-        neurons.conductance(model, x, layer="act", steps=0)
+    for steps in (0, 2.5, True):
+        with pytest.raises(ValueError, match="steps must be an int of at least 1"):
+            neurons.conductance(model, x, layer="act", steps=steps)
     with pytest.raises(ValueError, match="baseline of shape"):
         neurons.conductance(model, x, layer="act", baseline=torch.zeros(3, 7))
     with pytest.raises(IndexError, match="neuron 10 is out of range"):
@@ -431,7 +441,7 @@ def test_bad_options(device):
         neurons.ablation_effect(model, x, layer="act", neurons=[])
     with pytest.raises(ValueError, match="max_bytes"):
         neurons.input_gradients(model, x, "act", max_bytes=0)
-    with pytest.raises(ValueError, match=r"\(row, column\)"):
-        neurons.input_gradients(*conv(device), "0")
+    with pytest.raises(ValueError, match="no neuron"):
+        neurons.input_gradients(model, x, "act", [])
     with pytest.raises(TypeError, match="must be floating"):
         neurons.input_gradients(nn.Sequential(nn.Embedding(4, 3)), torch.tensor([[0, 1]]), "0")

@@ -384,6 +384,18 @@ def test_shapes_and_table(device):
     for found in (one, three):
         joint = neurons.joint_attribution(model, x, found.path, 0, layers=ACTS, steps=3)
         torch.testing.assert_close(joint, found.joint, rtol=1e-4, atol=1e-7)
+        assert torch.equal(neurons.joint_attribution(model, x, found, 0, steps=3), joint)  # it names its layers
+    with pytest.raises(TypeError, match="layers="):
+        neurons.joint_attribution(model, x, one.path, 0)
+
+
+def test_a_search_in_inference_mode_finds_the_same(device):
+    model, x = tiny_vit(device)
+    outside = neurons.neuron_path(model, x, 0, ACTS, steps=3)
+    with torch.inference_mode():
+        inside = neurons.neuron_path(model, x.clone(), 0, ACTS, steps=3)
+    assert torch.equal(inside.path, outside.path)
+    torch.testing.assert_close(inside.joint, outside.joint)
 
 
 def test_inputs_are_independent_of_their_batch(device):

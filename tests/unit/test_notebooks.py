@@ -202,6 +202,15 @@ def test_check_names_cells_never_run_and_files_never_normalised(tmp_path):
     assert notebooks.main(["check", str(tmp_path)]) == 1
 
 
+@pytest.mark.parametrize("action", ["run", "check"])
+def test_a_file_that_is_missing_or_no_notebook_gets_a_line(tmp_path, action, capsys):
+    (tmp_path / "a.ipynb").write_text("not json")
+    assert notebooks.main([action, str(tmp_path / "a.ipynb"), str(tmp_path / "b.ipynb")]) == 2
+    assert capsys.readouterr().err == f"there is no {tmp_path / 'b.ipynb'}\n"
+    assert notebooks.main([action, str(tmp_path / "a.ipynb")]) == 1
+    assert "a.ipynb is not a notebook" in capsys.readouterr().err
+
+
 def test_cells_are_picked_by_tag(tmp_path):
     path = tmp_path / "a.ipynb"
     cells = [new_code_cell("a = 1", metadata={"tags": ["method"]}), new_markdown_cell("text"), new_code_cell("b = 2")]

@@ -91,6 +91,8 @@ def test_a_notebook_counts_as_written_when_it_is_on_disk(shelf):
 def test_an_unknown_slug_names_the_nearest():
     with pytest.raises(UnknownName, match="did you mean 'neuron-path'"):
         papers.get("neuron-paths")
+    with pytest.raises(UnknownName, match="did you mean 'craft'"):
+        papers.method("CRAFT")
     with pytest.raises(KeyError):
         papers.bibtex(["craft", "carft"])
     with pytest.raises(UnknownName):
@@ -119,6 +121,8 @@ def test_search_finds_by_any_field_and_puts_the_best_first(text, first):
 
 def test_search_with_no_text_gives_all_and_with_nonsense_gives_none():
     assert list(papers.search("  ")["slug"]) == list(papers.catalogue()["slug"])
+    with pytest.raises(TypeError, match="not NoneType"):
+        papers.search(None)
     empty = papers.search("qqqqxxxx")
     assert len(empty) == 0
     assert list(empty.columns) == list(papers.catalogue().columns)

@@ -141,6 +141,13 @@ def test_a_signed_overlay_shows_both_signs(ax):
     assert rgba[5, -1, 0] > rgba[5, -1, 2]  # red above
 
 
+@pytest.mark.parametrize("heat", [[[-2.0, -1.0, 0.0]], [[-3.0, -1.5]], [[0.0, 0.0]]])
+def test_an_overlay_of_nothing_positive_is_opaque_where_it_is_lowest(ax, heat):
+    plots.overlay(ax, np.zeros((1, len(heat[0]))), heat, alpha=1.0)
+    opacity = ax.images[1].get_array()[0, :, 3].tolist()
+    assert opacity == pytest.approx(np.abs(heat[0]) / (np.abs(heat).max() or 1))
+
+
 def test_a_gallery_has_one_axes_a_picture(fig):
     axes = plots.gallery(fig, [np.eye(4)] * 5, [f"n {i}" for i in range(5)], columns=3)
     assert [ax.get_title() for ax in axes] == ["n 0", "n 1", "n 2", "n 3", "n 4"]
@@ -218,13 +225,14 @@ def test_contributions_lead_from_the_base_to_the_total(ax):
     plots.contributions(ax, {"a": 1.0, "b": -3.0, "c": 0.5}, base=10.0, xlabel="y")
     labels = [label.get_text() for label in ax.get_yticklabels()]
     bars = [(bar.get_x(), bar.get_width()) for bar in ax.patches]
-    assert list(zip(labels, bars, strict=True)) == [("c", (10.0, 0.5)), ("a", (10.5, 1.0)), ("b", (11.5, -3.0))]
+    assert labels == ["c   +0.5", "a   +1", "b   -3"]
+    assert bars == [(10.0, 0.5), (10.5, 1.0), (11.5, -3.0)]
     drawn(ax)
 
 
 def test_contributions_join_the_smallest_parts(ax):
     plots.contributions(ax, {"a": 1.0, "b": -3.0, "c": 0.5, "d": 0.25}, base=0.0, xlabel="y", most=3)
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["2 more", "a", "b"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["2 more   +0.75", "a   +1", "b   -3"]
     assert [bar.get_width() for bar in ax.patches] == [0.75, 1.0, -3.0]
 
 

@@ -17,9 +17,9 @@ from nbkit import runtime
 def test_auto_finds_a_device_and_a_missing_one_is_named():
     assert runtime.device("auto").type in ("cuda", "mps", "cpu")
     assert runtime.device("cpu") == torch.device("cpu")
-    if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="'cuda' is not available"):
-            runtime.device("cuda")
+    for missing in ("gpu", "xpu", None, *(["cuda"] if not torch.cuda.is_available() else [])):
+        with pytest.raises(ValueError, match=f"{missing!r} is not available here; there is .*cpu"):
+            runtime.device(missing)
 
 
 def test_the_processor_has_a_name_with_and_without_proc(monkeypatch, tmp_path):
@@ -36,8 +36,24 @@ def test_a_seed_fixes_python_numpy_and_torch():
         return random.random(), np.random.rand(), torch.rand(1).item(), torch.rand(1, generator=generator).item()
 
     assert draw() == draw()
-    with pytest.raises(ValueError, match=r"\[0, 2\*\*32\)"):
-        runtime.seed_everything(-1)
+    assert torch.equal(runtime.seed_everything(np.int64(3)).get_state(), runtime.seed_everything(3).get_state())
+
+
+@pytest.mark.parametrize(("seed", "error"), [(-1, ValueError), (2**32, ValueError), (1.5, TypeError)])
+def test_a_bad_seed_changes_nothing(seed, error):
+    before, threads = random.getstate(), torch.get_num_threads()
+    for call in (lambda: runtime.seed_everything(seed), lambda: runtime.deterministic(seed, threads=threads + 1)):
+        with pytest.raises(error):
+            call()
+        assert random.getstate() == before and torch.get_num_threads() == threads
+
+
+def test_deterministic_means_deterministic_kernels_without_loading_the_compiler():
+    code = (
+        "import sys, torch; from nbkit import runtime; runtime.deterministic(); "
+        "assert torch.are_deterministic_algorithms_enabled() and 'torch._inductor' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def _threads_and_square(x):

@@ -338,6 +338,32 @@ def test_gradient_is_exact_for_a_linear_module_and_agrees_with_shap_otherwise(de
     assert (np.abs(ours.values - theirs[..., 0]) < 5 * error + 1e-3).all()
 
 
+class Shifting(nn.Module):
+    """A product whose first operation works in place, or not."""
+
+    def __init__(self, inplace):
+        super().__init__()
+        self.inplace = inplace
+
+    def forward(self, x):
+        x = x.sub_(1) if self.inplace else x - 1
+        return x[:, :1] * x[:, 1:]
+
+
+@pytest.mark.parametrize("method", ["exact", "permutation", "gradient"])
+def test_a_module_may_work_in_place_and_the_caller_be_in_inference_mode(method, device):
+    X = torch.tensor(np.random.default_rng(0).normal(size=(6, 2)), device=device)
+    before, asked = X.clone(), {"method": method, "tolerance": 1}
+    expected = shapley.explain(Shifting(False), X, X, **asked).values
+    np.testing.assert_array_equal(shapley.explain(Shifting(True), X, X, **asked).values, expected)
+    with torch.inference_mode():
+        np.testing.assert_array_equal(shapley.explain(Shifting(False), X + 0, X, **asked).values, expected)
+    if method != "gradient":
+        function = Shifting(True).forward
+        np.testing.assert_array_equal(shapley.explain(function, X, X, **asked).values, expected)
+    assert torch.equal(X, before)
+
+
 def test_a_module_and_every_global_state_come_back_as_they_were(split, device):
     net = (
         nn.Sequential(nn.Linear(P, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 2)).to(device).train()
@@ -434,6 +460,12 @@ def test_outputs_of_modules_and_functions(split):
         shapley.explain(net, X, background)
     with pytest.raises(IndexError, match="output 3 is out of range.*0 to 2"):
         shapley.explain(net, X, background, output=3)
+    one = shapley.explain(net, X, background, output=1)
+    np.testing.assert_array_equal(shapley.explain(net, X, background, target=1).values, one.values)
+    with pytest.raises(TypeError, match="two names of one argument"):
+        shapley.explain(net, X, background, output=1, target=1)
+    with pytest.raises(TypeError, match="X holds torch.int64 and the model torch.float32"):
+        shapley.explain(net, torch.tensor(X).long(), output=1)
     probability = shapley.explain(net, X, background, output=lambda out: out.softmax(1)[:, 2])
     np.testing.assert_allclose(
         probability.prediction, net(torch.tensor(X)).softmax(1)[:, 2].detach(), atol=1e-6
@@ -507,6 +539,14 @@ def test_groups_are_checked(split):
         shapley.group(found, {"a": ["mean area"], "b": ["mean area"]})
     with pytest.raises(ValueError, match="empty"):
         shapley.group(found, {"a": []})
+    by_column = shapley.group(found, {"a": [0, 2], "b": 1})
+    by_name = shapley.group(
+        found, {"a": [split[0].columns[0], split[0].columns[2]], "b": split[0].columns[1]}
+    )
+    assert by_column.feature_names == by_name.feature_names
+    np.testing.assert_array_equal(by_column.values, by_name.values)
+    with pytest.raises(IndexError, match=f"column {P}; there are columns 0 to {P - 1}"):
+        shapley.group(found, {"a": [P]})
     with pytest.raises(ValueError, match="share a name: mean area"):
         shapley.group(found, {"mean area": ["mean radius"]})
     wide = pd.DataFrame(np.zeros((2, 13)))
@@ -626,6 +666,10 @@ def test_plots_draw_where_they_are_told_and_leave_pyplot_alone(cells, split):
     left, right = figure.subplots(1, 2)
     assert shapley.beeswarm(found, ax=left) is left and shapley.waterfall(found, 2, ax=right) is right
     assert len(left.collections) >= P and len(right.patches) >= P
+    first = shapley.waterfall(found, ax=Figure().subplots())
+    assert f"{found.prediction[0]:.3f}".rstrip("0") in " ".join(
+        t.get_text() for t in first.figure.findobj(plt.Text)
+    )
     assert tuple(figure.get_size_inches()) == (9, 4)
     assert plt.get_fignums() == numbers and plt.isinteractive()
     assert (np.random.get_state()[1] == state).all()

@@ -48,7 +48,8 @@ tied_scores = st.lists(
 def test_counts_are_exact_and_ties_fall_lowest_index_first(lists, sparsity, sample):
     scores = {f"layer{i}": torch.tensor(values) for i, values in enumerate(lists)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_select, "_SAMPLE", sample)  # a tiny sample misses its bracket: the search must widen it
+        # a tiny sample misses its bracket: the search must widen it
+        patch.setattr(_select, "_SAMPLE", sample)
         patch.setitem(_select._CHUNK, "cpu", 7)
         masks = S.mask_from_scores(scores, sparsity)
     total = sum(map(len, lists))
@@ -287,6 +288,9 @@ def test_schedules():
     assert S.schedule("iterative", 0.5, rate=0.2) == pytest.approx([0.2, 0.36, 0.488, 0.5])
     assert S.schedule("cubic", 0.8, 4) == pytest.approx([0.4625, 0.7, 0.7875, 0.8])
     assert S.schedule("cubic", 0.9, 2, initial=0.5) == pytest.approx([0.85, 0.9])
+    for kind in ("gradual cubic", "gradual", "gradual_cubic"):
+        assert S.schedule(kind, 0.8, 4) == S.schedule("cubic", 0.8, 4)
+    assert S.schedule("one_shot", 0.9) == S.schedule("oneshot", 0.9) == [0.9]
     for kind, sparsity, rounds, more in [
         ("linear", 0.5, 1, {}), ("one-shot", None, None, {}), ("one-shot", 0.5, 3, {}), ("iterative", 0.5, None, {}),
         ("cubic", 0.5, None, {}), ("cubic", 0.5, 0, {}), ("cubic", 1.0, 3, {}), ("cubic", 0.5, 3, {"initial": 0.6}),

@@ -162,12 +162,50 @@ def test_criteria_leave_the_model_as_it_was(criterion, device):
     assert not any(m._forward_hooks for m in model.modules())
 
 
+@pytest.mark.parametrize("criterion", [S.snip, S.taylor, S.relevance])
+def test_criteria_differentiate_in_inference_mode_and_let_a_model_work_in_place(criterion, device):
+    class Rescaled(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x.mul_(2))
+
+    model, (x, y) = net(device), data(device)
+    expected = criterion(model, 2 * x, y)
+    with torch.inference_mode():
+        close(criterion(Rescaled(*model), x + 0, y + 0), expected)
+    before = x.clone()
+    close(criterion(Rescaled(*model), x, y), expected)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_unit_relevance_of_the_output_projection_of_attention_is_that_of_its_weights(batch_first):
+    class Attending(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.attention = nn.MultiheadAttention(8, 2, bias=False, batch_first=batch_first)
+
+        def forward(self, x):
+            x = x if batch_first else x.transpose(0, 1)
+            return self.attention(x, x, x)[0].sum(1 if batch_first else 0)
+
+    model, x = Attending(), torch.randn(3, 5, 8)
+    found, weight = S.relevance(model, x, 2, per="unit"), model.attention.out_proj.weight
+    each = [torch.autograd.grad(model(row[None])[0, 2], weight)[0] for row in x]
+    expected = sum((weight * g).sum(1).abs() for g in each) / 3
+    close(found, {"attention.out_proj.weight": expected.detach()})
+    assert found["attention.out_proj.weight"][2] > 0
+
+
 def test_bad_arguments():
     model, (x, y) = net(), data()
     with pytest.raises(ValueError, match="batch"):
         S.snip(model, x, y, batch=0)
     with pytest.raises(ValueError, match="9 values for 10"):
         S.snip(model, x, y[:9])
+    for criterion in (S.snip, S.taylor):
+        with pytest.raises(ValueError, match="the model has one output: pass loss="):
+            criterion(nn.Linear(3, 1), torch.ones(2, 3))
     with pytest.raises(ValueError, match="one number"):
         S.snip(model, x, y, loss=lambda out, y: out.sum(1))
     with pytest.raises(ValueError, match="'weight' or 'unit'"):

@@ -200,6 +200,8 @@ def test_masks_meet_compare_and_report():
     report = a.report()
     assert report.loc["w"].to_dict() == {"shape": (2, 2), "weights": 4, "kept": 2, "density": 0.5}
     assert "sparsity 40.00%" in repr(a) and "50.00%" in a._repr_html_()
+    with pytest.raises(KeyError, match="no mask of 'fc'; did you mean 'fc.weight'?"):
+        S.Masks({"fc.weight": a["w"]})["fc"]
     with pytest.raises(ValueError, match="missing"):
         a & S.Masks({"w": a["w"]})
     with pytest.raises(ValueError, match="shapes"):
@@ -235,6 +237,8 @@ def test_stored_masks_take_one_bit_a_weight_and_other_files_are_refused(tmp_path
         S.Masks.load(tmp_path / "cut.safetensors")
     with pytest.raises(FileNotFoundError):
         S.Masks.load(tmp_path / "none.safetensors")
+    with pytest.raises(FileNotFoundError, match="no folder '.*runs'"):
+        masks.save(tmp_path / "runs" / "m.safetensors")
 
 
 def test_masks_travel_to_workers_without_the_weights():
@@ -279,6 +283,32 @@ def test_multiply_adds_of_a_layer_over_tokens_and_one_used_twice():
     assert report["macs"].tolist() == [504, 0, 504]
     with pytest.raises(NotFinite):
         S.flops(Twice(), torch.full((1, 7, 6), torch.nan))
+
+
+def test_multiply_adds_of_attention_by_projection():
+    class Across(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.over = nn.MultiheadAttention(8, 2, kdim=6, vdim=6, batch_first=True)
+            self.within = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+
+        def forward(self, x):
+            others = x[:, :2, :6]
+            return self.within(self.over(x, key=others, value=others)[0])
+
+    model, x = Across(), torch.zeros(4, 5, 8)
+    packed = torch.arange(24 * 8).view(24, 8) >= 8 * 8  # nothing of the queries
+    masks = S.magnitude_mask(model, 0.5, "layer")
+    table = S.flops(model, x, masks=S.Masks({**masks, "within.self_attn.in_proj_weight": packed}))
+    assert table["macs"].to_dict() == {
+        "over.q_proj": 64 * 5, "over.k_proj": 48 * 2, "over.v_proj": 48 * 2, "over.out_proj": 64 * 5,
+        "within.self_attn.q_proj": 64 * 5, "within.self_attn.k_proj": 64 * 5, "within.self_attn.v_proj": 64 * 5,
+        "within.self_attn.out_proj": 64 * 5, "within.linear1": 128 * 5, "within.linear2": 128 * 5,
+    }  # fmt: skip
+    kept = [64, 48, 48, 32, 0, 64, 64, 32, 64, 64]
+    assert table["kept"].tolist() == kept
+    report = S.sparsity_report(model, x)
+    assert report["macs"].tolist() == [320, 320, 640, 640, 1920]
 
 
 def test_the_report_counts_zeros_and_what_they_save():
@@ -333,4 +363,5 @@ def test_a_shuffled_mask_keeps_as_many_weights_of_every_layer_and_others(device)
     assert one == again and one != two and one != mask
     assert one.kept() == two.kept() == mask.kept()
     places = torch.stack([mask.shuffled(seed)["0.weight"].float() for seed in range(400)]).mean(0)
-    assert (places - mask["0.weight"].float().mean()).abs().max() < 0.12  # 5 standard deviations of a mean of 400
+    away = (places - mask["0.weight"].float().mean()).abs()
+    assert away.max() < 0.12  # 5 standard deviations of a mean of 400

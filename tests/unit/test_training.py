@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nbkit import training
+from nbkit import runtime, training
 from nbkit.errors import NotFinite, UnknownName
 
 
@@ -17,6 +18,10 @@ def two_clusters(n=64, seed=0):
     g = torch.Generator().manual_seed(seed)
     y = torch.arange(n) % 2
     return torch.randn(n, 3, generator=g) + 3.0 * y[:, None], y
+
+
+X, Y = two_clusters()
+Y_COLUMN = Y[:, None]
 
 
 def make(seed=0, dropout=0.0):
@@ -157,6 +162,79 @@ def test_regression_and_dict_inputs():
     assert model.weight.item() == pytest.approx(3, abs=0.2)
 
 
+def test_a_single_example_left_over_joins_the_batch_before_it():
+    sizes = []
+
+    def loss(out, target):
+        sizes.append(len(out))
+        return F.cross_entropy(out, target)
+
+    history = training.fit(make(), (X[:33], Y[:33]), epochs=2, batch=16, loss=loss)
+    assert sizes == [16, 17, 16, 17] and len(history.loss) == 4
+    assert len(training.fit(nn.Linear(3, 2), (X[:5], Y[:5]), epochs=2, batch=1).loss) == 10
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_it_trains_where_autograd_is_off(mode):
+    one, other = make(), make()
+    expected = training.fit(one, (X, Y), steps=3, validation=(X, Y))
+    with mode():
+        found = training.fit(other, (X.clone(), Y.clone()), steps=3, validation=(X, Y))
+    assert found.loss == expected.loss and same(weights(one), weights(other))
+
+
+def test_x_and_y_may_be_given_one_after_the_other():
+    assert training.fit(make(), X, Y, steps=3).loss == training.fit(make(), (X, Y), steps=3).loss
+
+
+def test_auto_is_the_device_of_the_runtime():
+    model = make()
+    training.fit(model, (X, Y), steps=1, device="auto")
+    assert next(model.parameters()).device.type == runtime.device("auto").type
+
+
+def test_accuracy_counts_rows_of_any_number_of_axes():
+    model = nn.Embedding.from_pretrained(torch.eye(4))
+    tokens = torch.arange(24).reshape(6, 4) % 4
+    assert training.accuracy(model, tokens, tokens) == 1
+    assert training.accuracy(model, tokens, tokens.index_fill(1, torch.tensor([0]), 3)) == 0.75
+
+
+@pytest.mark.parametrize("model", [nn.Identity(), nn.Flatten(0)], ids=["[N, 1]", "[N]"])
+@pytest.mark.parametrize("shape", [(3,), (3, 1)])
+def test_a_single_logit_is_class_1_above_zero(model, shape):
+    model = nn.Sequential(nn.Linear(1, 1, bias=False), model)
+    model[0].weight.data.fill_(1.0)
+    x, y = torch.tensor([[-2.0], [0.5], [3.0]]), torch.tensor([0, 1, 0])
+    assert training.accuracy(model, x, y.reshape(shape)) == pytest.approx(2 / 3)
+
+
+def test_targets_that_are_no_classes_have_no_accuracy():
+    def hinge(out, target):
+        return F.relu(1 - out[:, 0] * target).mean()
+
+    mean, right = training.evaluate(nn.Linear(3, 1), X, 2 * Y - 1, loss=hinge)
+    assert mean > 0 and math.isnan(right)
+
+
+@pytest.mark.parametrize(
+    ("y", "settings", "error", "says"),
+    [
+        (Y_COLUMN, {}, ValueError, r"shape \(64, 1\) do not fit an output of shape \(64, 2\)"),
+        (Y_COLUMN.expand(-1, 2), {}, ValueError, r"shape \(64, 2\) do not fit an output of shape \(64, 2\)"),
+        (Y, {"batch": 0}, ValueError, "batch must be a whole number of at least 1, not 0"),
+        (Y, {"batch": -1}, ValueError, "not -1"),
+        (Y, {"batch": 16.0}, ValueError, "not 16.0"),
+        (Y + 100, {}, IndexError, "labels run from 100 to 101; the model has classes 0 to 1"),
+        (Y - 1, {}, IndexError, "from -1"),
+    ],
+)
+@pytest.mark.parametrize("measure", [training.accuracy, training.evaluate])
+def test_what_cannot_be_counted_is_named(measure, y, settings, error, says):
+    with pytest.raises(error, match=says):
+        measure(nn.Linear(3, 2), X, y, **settings)
+
+
 def test_cosine_warms_up_and_ends_at_zero():
     factor = training.cosine(0.25)
     assert [factor(t) for t in (0.0, 0.125, 0.25)] == [0.0, 0.5, 1.0]
@@ -222,9 +300,6 @@ def test_a_bad_last_update_is_taken_back():
     assert same(before, weights(model))
 
 
-X, Y = two_clusters()
-
-
 @pytest.mark.parametrize(
     ("data", "settings", "error", "says"),
     [
@@ -233,16 +308,25 @@ X, Y = two_clusters()
         ((X, Y + 1), {"steps": 1}, IndexError, "labels run from 1 to 2; the model has classes 0 to 1"),
         ((X, Y - 1), {"steps": 1}, IndexError, "from -1"),
         ((X.index_fill(0, torch.tensor([3]), float("nan")), Y), {"steps": 1}, NotFinite, "3 NaN"),
-        (X, {"steps": 1}, TypeError, r"pair \(x, y\)"),
+        (X, {"steps": 1}, TypeError, r"pair \(x, y\), not Tensor"),
+        ((X.numpy(), Y.numpy()), {"steps": 1}, TypeError, "y must be a tensor, not ndarray"),
+        ((X[:, :2], Y), {"steps": 1}, ValueError, "data: its first example does not fit"),
+        ((X, Y_COLUMN), {"steps": 1}, ValueError, "data: its first example does not fit"),
+        ((X, Y.int()), {"steps": 1}, ValueError, "data: its first example does not fit"),
         ((X, Y), {}, ValueError, "either epochs or steps"),
         ((X, Y), {"epochs": 1, "steps": 1}, ValueError, "either epochs or steps"),
         ((X, Y), {"epochs": 0}, ValueError, "epochs must be"),
+        ((X, Y), {"epochs": float("nan")}, ValueError, "epochs must be"),
         ((X, Y), {"steps": 1, "batch": 0}, ValueError, "batch must be"),
+        ((X, Y), {"steps": 1, "batch": 16.0}, ValueError, "batch must be"),
+        ((X, Y), {"steps": 1, "device": "gpu"}, ValueError, "device 'gpu' is not available here"),
         ((X, Y), {"steps": 1, "every": 2.5}, ValueError, "every must be"),
         ((X, Y), {"steps": 1, "lr": -1.0}, ValueError, "lr must be"),
         ((X, Y), {"steps": 1, "lr": float("nan")}, ValueError, "lr must be"),
         ((X, Y), {"steps": 1, "optimizer": "adan"}, UnknownName, "did you mean 'adam'"),
         ((X, Y), {"steps": 1, "validation": (X, Y[:5])}, ValueError, "val: 64 inputs but 5 targets"),
+        ((X, Y), {"steps": 1, "validation": (X, Y + 5)}, IndexError, "labels run from 5 to 6"),
+        ((X, Y), {"steps": 1, "validation": {"test": (X[:, :2], Y)}}, ValueError, "test: its first example does not"),
     ],
 )
 def test_bad_input_is_named_and_nothing_changes(data, settings, error, says):

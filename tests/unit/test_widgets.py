@@ -9,6 +9,7 @@ import io
 import ipywidgets
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -90,6 +91,8 @@ def test_layer_picker_takes_types_names_and_patterns(model):
 
 
 def test_layer_picker_says_what_is_wrong(model):
+    with pytest.raises(TypeError, match="must be a torch.nn.Module, not int"):
+        widgets.LayerPicker(3)
     with pytest.raises(LayerNotFound, match="no layer 'conv1'"):
         widgets.LayerPicker(model, only="conv1")
     with pytest.raises(LayerNotFound, match="no layer '99'"):
@@ -270,6 +273,30 @@ def test_float_steps_do_not_add_up_to_new_values():
     assert [call["a"] for call in render.calls] == [0.0, 0.3]
 
 
+@pytest.mark.parametrize("values", [[1e-12, 1 / 3], {"a": 1e-12, "b": 1 / 3}])
+def test_render_gets_the_very_values_of_a_menu(values):
+    render = Recorder()
+    small(render, eps=values).controls["eps"].index = 1
+    assert [call["eps"] for call in render.calls] == [1e-12, 1 / 3]
+
+
+def test_a_slider_is_as_exact_as_its_steps():
+    rate = ipywidgets.FloatLogSlider(1e-12, min=-12, max=0)
+    explorer = small(Recorder(), rate=rate, tiny=(0.0, 1e-12, 1e-13), large=(0.0, 1e6, 0.1))
+    explorer.controls["tiny"].value, explorer.controls["large"].value = 3 * 1e-13, 1e5 + 0.1 + 0.2
+    assert explorer.values == {"rate": 1e-12, "tiny": 3e-13, "large": 100000.3}
+
+
+def test_a_figure_with_subfigures_is_left_empty_too():
+    def render(fig, a):
+        for half in fig.subfigures(1, 2):
+            half.subplots().plot([0, a])
+
+    explorer = small(render, a=(0, 5))
+    assert explorer.error is None and not explorer._canvas.figure.subfigs
+    assert explorer.set(a=1).error is None
+
+
 def test_pyplot_is_left_alone():
     mine = plt.figure()
     explorer = small(Recorder(lambda a: plt.plot([a]) and plt.figure()), a=(0, 3))
@@ -395,6 +422,20 @@ def test_a_frame_that_failed_is_tried_again():
     assert explorer.set(a=1).set(a=0).error is None
 
 
+def test_after_an_interrupt_the_picture_is_drawn_anew():
+    def interrupted(a):
+        if len(render.calls) == 2:
+            raise KeyboardInterrupt
+
+    render = Recorder(interrupted)
+    explorer = small(render, a=(0, 5))
+    first = explorer.frame
+    with pytest.raises(KeyboardInterrupt):
+        explorer.set(a=1)
+    assert explorer.frame != first
+    assert [call["a"] for call in render.calls] == [0, 1, 1]
+
+
 def test_the_message_is_fit_for_any_size_and_text():
     canvas = _frames.Canvas((2, 1), 50)
     png = _frames.error_picture(canvas, "render raised ValueError", "$\\frac{ " * 300 + "\n" * 50, None)
@@ -515,6 +556,21 @@ def test_set_says_what_a_control_cannot_take():
     assert explorer.set(rate=100.0).values == {"a": 0, "kind": "magnitude", "rate": 100.0}
 
 
+@pytest.mark.parametrize(("name", "value"), [("whole", 3.7), ("whole", "3"), ("real", "0.5"), ("span", (1, 20))])
+def test_what_a_control_would_change_it_cannot_take(name, value):
+    def controls():
+        return {"whole": (0, 10), "real": (0.0, 1.0), "span": ipywidgets.IntRangeSlider(value=(2, 5), max=10)}
+
+    explorer = small(Recorder(), **controls())
+    before = explorer.values
+    with pytest.raises(ValueError, match=f"control '{name}' cannot take"):
+        explorer.set(**{name: value})
+    assert explorer.values == before
+    with pytest.raises(ValueError, match=f"control '{name}' cannot take"):
+        small(Recorder(), initial={name: value}, **controls())
+    assert explorer.set(whole=3.0, real=1, span=[1, 3]).values == {"whole": 3, "real": 1.0, "span": (1, 3)}
+
+
 def test_a_picker_may_steer_two_explorers(model):
     layer = widgets.LayerPicker(model)
     one, two = Recorder(), Recorder()
@@ -536,6 +592,19 @@ def test_a_menu_may_hold_anything(options):
         assert explorer.set(a=option).values["a"] is option
 
 
+@pytest.mark.parametrize("row", [np.array([1, 2]), pd.Index([1, 2]), {1: "a", 2: "b"}.keys(), range(1, 3)])
+def test_a_row_of_values_is_a_menu(row):
+    assert small(Recorder(), a=row).set(a=2).values == {"a": 2}
+
+
+def test_a_neuron_out_of_range_is_never_drawn(model):
+    layer = widgets.LayerPicker(model, value="2")
+    neuron, render = widgets.NeuronPicker(layer, value=19), Recorder()
+    small(render, layer=layer, neuron=neuron)
+    layer.value = "0"
+    assert [tuple(call.values()) for call in render.calls if call["layer"] == "0"] == [("0", 7)]
+
+
 def test_new_options_are_followed():
     render = Recorder()
     menu = ipywidgets.Dropdown(options=["a", "b"])
@@ -549,6 +618,7 @@ def test_a_closed_explorer_no_longer_follows_its_controls(model):
     layer = widgets.LayerPicker(model)
     explorer = small(render, layer=layer)
     explorer.close()
+    explorer.close()  # a second time does nothing
     layer.value = "7"
     assert len(render.calls) == 1
     assert explorer not in _explorer.alive
@@ -572,14 +642,14 @@ def test_selfcheck_exercises_every_control_and_leaves_them_as_they_were(model, c
         render, neuron=neuron, layer=layer, sparsity=widgets.SparsitySlider(), tick=False, word="cat",
         kind={"a": np.zeros(2), "b": np.ones(3)}, span=ipywidgets.IntRangeSlider(value=(2, 4), min=0, max=10),
         several=ipywidgets.SelectMultiple(options=["u", "v"], value=["u"]), rate=ipywidgets.FloatLogSlider(1.0),
-        count=ipywidgets.IntText(3), fixed=1,
+        count=ipywidgets.IntText(3), ends=ipywidgets.SelectionRangeSlider(options="abc", index=(0, 1)), fixed=1,
     )  # fmt: skip
     other = small(Recorder(), a=(0, 9))
     explorer.set(layer="2", neuron=18, tick=True)
     before = explorer.frame
     widgets.selfcheck()
     widgets.selfcheck()
-    line = "selfcheck: 2 explorers, 11 controls, every control answers\n"
+    line = "selfcheck: 2 explorers, 12 controls, every control answers\n"
     assert capsys.readouterr().out == 2 * line
     assert explorer.frame == before
     assert (layer.value, neuron.value, other.values) == ("2", 18, {"a": 0})
@@ -632,6 +702,10 @@ def test_selfcheck_with_nothing_to_check_fails():
 
 
 def test_selfcheck_asks_for_examples_of_a_control_it_does_not_know(capsys):
+    day = small(Recorder(), day=ipywidgets.DatePicker())
+    with pytest.raises(AssertionError, match="control 'day': a DatePicker cannot be exercised; set its .examples"):
+        widgets.selfcheck()
+    day.close()
     tint = ipywidgets.ColorPicker(value="#ff0000")
     small(Recorder(), tint=tint)
     with pytest.raises(AssertionError, match="control 'tint': a ColorPicker cannot be exercised; set its .examples"):

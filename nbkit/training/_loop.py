@@ -1,8 +1,4 @@
-"""A training loop that can be read in one sitting.
-
->>> history = fit(model, (x, y), epochs=5, lr=1e-3, validation=(x_val, y_val))   # doctest: +SKIP
->>> history.frame.plot(y=["loss", "val_loss"])                                   # doctest: +SKIP
-"""
+"""Gradient descent: one function, and what it checks before it starts."""
 
 from __future__ import annotations
 
@@ -17,10 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from nbkit import forward
+from nbkit import forward, runtime
 from nbkit.errors import NotFinite, UnknownName, did_you_mean
-
-Pair = tuple[forward.Inputs, Tensor]
+from nbkit.training._evaluate import (
+    Pair,
+    check_pair,
+    check_whole,
+    count_right,
+    evaluate,
+    labels_in_range,
+    moved,
+)
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
@@ -78,9 +81,12 @@ def cosine(warmup: float = 0.0) -> Callable[[float], float]:
     return factor
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def fit(
     model: nn.Module,
-    data: Pair,
+    data: Pair | forward.Inputs,
+    y: Tensor | None = None,
     *,
     epochs: int | None = None,
     steps: int | None = None,
@@ -102,8 +108,10 @@ def fit(
     """Train ``model`` in place by mini-batch gradient descent and say what happened.
 
     Args:
-        data: ``(x, y)``: inputs ``[N, ...]`` (or a dict of them) and targets ``[N]``, integers into the classes.
-        epochs, steps: how long; give one. An epoch visits every example once; its last batch may be smaller.
+        data: ``(x, y)``: inputs ``[N, ...]`` (or a dict of them) and targets ``[N]``, integers into the classes. Or
+            ``x`` alone, and ``y`` after it.
+        epochs, steps: how long; give one. An epoch visits every example once; its last batch may be smaller, but a
+            single example left over joins the batch before it (BatchNorm cannot train on one).
         optimizer: "adam", "adamw", "sgd" (momentum 0.9), or a callable ``(parameters, lr=, weight_decay=)``.
         schedule: factor on ``lr`` as a function of the fraction of training done, 0 to 1; see ``cosine``.
         validation: ``(x, y)``, or several by name; evaluated every ``every`` steps (default: epoch) and at the end.
@@ -111,28 +119,35 @@ def fit(
         post_step: called with the model after each update: the place to apply a sparsity mask again.
         on_epoch: called with the number of epochs done and the history so far.
         seed: of the order of examples, of ``augment`` and of dropout. The global random state is left alone.
-        device: where to train (default: where the model is). The model stays there; ``data`` stays where it is.
+        device: where to train, "auto" as in ``runtime.device`` (default: where the model is). The model stays there;
+            ``data`` stays where it is.
 
     Raises:
-        ValueError: empty data, x and y of different length, neither or both of epochs and steps, a bad number.
+        ValueError: empty data, x and y of different length, a shape that model or loss does not take, neither or both
+            of epochs and steps, a bad number, a device that is not there.
+        TypeError: data that is no pair with a tensor y.
         IndexError: a class label out of range. UnknownName: no such optimizer.
         NotFinite: a loss that is NaN or infinite, naming the step. The model is left as it was at the last finite loss.
 
-    The model comes back in the mode (train/eval) it had.
+    All of these but NotFinite come before the first step, also for the validation sets. The model comes back in the
+    mode (train/eval) it had.
 
     >>> from nbkit.models._zoo import build
     >>> len(fit(build("lenet-300-100", seed=0), (torch.rand(8, 784), torch.arange(8)), steps=3).loss)
     3
     """
-    x, y = _pair(data, "data")
+    x, y = check_pair(data if y is None else (data, y), "data")
     sets = dict(validation) if isinstance(validation, Mapping) else {"val": validation} if validation else {}
-    sets = {name: _pair(pair, name) for name, pair in sets.items()}
+    sets = {name: check_pair(pair, name) for name, pair in sets.items()}
     n = len(y)
     total, per_epoch = _length(n, epochs, steps, batch, lr, every)
     opt = _optimizer(model, optimizer, lr, weight_decay)
-    _check_labels(model, x, y, loss)
-    if device is not None:
-        model.to(device)
+    there = None if device is None else runtime.device(device)
+    _check_set(model, "data", x, y, loss)
+    for name, pair in sets.items():
+        _check_set(model, name, *pair, loss, measured=True)
+    if there is not None:
+        model.to(there)
     device = next(model.parameters()).device
     history, order, generator = History(), torch.empty(0), torch.Generator().manual_seed(seed)
     good = _Snapshot(model)
@@ -146,11 +161,11 @@ def fit(
             at = (step - 1) % per_epoch * batch
             if at == 0:
                 order = torch.randperm(n, generator=generator)
-            index = order[at : at + batch].to(y.device)
+            index = order[at : n if step % per_epoch == 0 else at + batch].to(y.device)
             xb, yb = forward.take(x, index), y[index]
             xb = augment(xb, generator) if augment else xb
 
-            value = loss(forward.logits(model, _to(xb, device)), yb.to(device))
+            value = loss(forward.logits(model, moved(xb, device)), yb.to(device))
             if not math.isfinite(value.item()):
                 good.restore()
                 raise NotFinite(f"the loss is {value.item()} at step {step} of {total}; the model is left as it was at "
@@ -178,40 +193,6 @@ def fit(
             f"the update of step {total}, the last, made the weights NaN or infinite; it was taken back"
         )
     return history
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module, x: forward.Inputs, y: Tensor, *, loss: Callable = F.cross_entropy, batch: int = 512
-) -> tuple[float, float]:
-    """Mean loss and accuracy (fraction right; NaN where targets are not classes) in evaluation mode.
-
-    >>> from nbkit.models._zoo import build
-    >>> mean, right = evaluate(build("lenet-300-100", seed=0), torch.rand(8, 784), torch.arange(8))
-    """
-    x, y = _pair((x, y), "data")
-    device = next(model.parameters()).device
-    total, right, classes = 0.0, 0, not y.is_floating_point()
-    with forward.evaluating(model):
-        for start in range(0, len(y), batch):
-            part = slice(start, start + batch)
-            yb = y[part].to(device)
-            out = forward.logits(model, _to(forward.take(x, part), device))
-            total += loss(out, yb).item() * len(yb)
-            right += (out.argmax(-1) == yb).sum().item() if classes else 0
-    return total / len(y), right / len(y) if classes else math.nan
-
-
-def accuracy(model: nn.Module, x: forward.Inputs, y: Tensor, *, batch: int = 512) -> float:
-    """Fraction of ``x`` whose largest logit is at ``y``, in evaluation mode, ``batch`` examples at a time.
-
-    Raises ValueError for no data or different lengths.
-
-    >>> from nbkit.models._zoo import build
-    >>> 0 <= accuracy(build("lenet-300-100", seed=0), torch.rand(8, 784), torch.arange(8)) <= 1
-    True
-    """
-    return evaluate(model, x, y, loss=lambda out, _: out.new_zeros(()), batch=batch)[1]
 
 
 class _Snapshot:
@@ -253,27 +234,15 @@ def _own_randomness(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _pair(pair: Pair, name: str) -> Pair:
-    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[1], Tensor):
-        raise TypeError(f"{name} must be a pair (x, y) with y a tensor, not {type(pair).__name__}")
-    x, y = pair
-    forward.check_inputs(x, name=f"{name}: x")
-    if forward.batch_size(x) != len(y):
-        raise ValueError(f"{name}: {forward.batch_size(x)} inputs but {len(y)} targets")
-    return x, y
-
-
 def _length(n: int, epochs, steps, batch: int, lr: float, every) -> tuple[int, int]:
     """Steps in all, and steps an epoch."""
     if (epochs is None) == (steps is None):
         raise ValueError(f"give either epochs or steps; got epochs={epochs} and steps={steps}")
-    limits = {"epochs": epochs, "steps": steps, "batch": batch, "every": every}
-    for name, value in limits.items():
-        if value is not None and (value != int(value) or value < 1):
-            raise ValueError(f"{name} must be a whole number of at least 1, not {value}")
+    limits = {"epochs": epochs, "steps": steps, "every": every}
+    check_whole(batch=batch, **{name: value for name, value in limits.items() if value is not None})
     if not 0 < lr < math.inf:
         raise ValueError(f"lr must be a positive number, not {lr}")
-    per_epoch = math.ceil(n / batch)
+    per_epoch = max(1, n // batch + (n % batch > 1))
     return int(steps if epochs is None else epochs * per_epoch), per_epoch
 
 
@@ -288,17 +257,25 @@ def _optimizer(model: nn.Module, optimizer, lr: float, weight_decay: float) -> t
 
 
 @torch.no_grad()
-def _check_labels(model: nn.Module, x: forward.Inputs, y: Tensor, loss: Callable) -> None:
-    """A class out of range would stop a GPU with an assertion deep inside; say it before anything starts."""
-    if loss is not F.cross_entropy or y.is_floating_point():
-        return
+def _check_set(
+    model: nn.Module, name: str, x: forward.Inputs, y: Tensor, loss: Callable, *, measured: bool = False
+) -> None:
+    """Run one example through: what does not fit is said before training has changed anything.
+
+    A class out of range would also stop a GPU with an assertion deep inside.
+    """
     device = next(model.parameters()).device
-    with forward.evaluating(model):
-        classes = forward.logits(model, _to(forward.take(x, slice(0, 1)), device)).shape[1]
-    if int(y.min()) < 0 or int(y.max()) >= classes:
-        raise IndexError(
-            f"labels run from {int(y.min())} to {int(y.max())}; the model has classes 0 to {classes - 1}"
-        )
+    with forward.evaluating(model), _own_randomness(0, device):
+        try:
+            out = forward.logits(model, moved(forward.take(x, slice(0, 1)), device))
+            if loss is F.cross_entropy:
+                if not y.is_floating_point():
+                    labels_in_range(y, out.shape[min(1, out.ndim - 1)], strict=True)
+                loss(out, y[:1].to(device))
+        except RuntimeError as error:
+            raise ValueError(f"{name}: its first example does not fit model and loss: {error}") from error
+    if measured:
+        count_right(out, y[:1].to(device), loss)
 
 
 def _measure(model: nn.Module, sets: Mapping[str, Pair], loss: Callable, batch: int) -> dict[str, float]:
@@ -306,9 +283,3 @@ def _measure(model: nn.Module, sets: Mapping[str, Pair], loss: Callable, batch: 
     for name, (x, y) in sets.items():
         row[f"{name}_loss"], row[f"{name}_accuracy"] = evaluate(model, x, y, loss=loss, batch=max(batch, 512))
     return row
-
-
-def _to(inputs: forward.Inputs, device: torch.device) -> forward.Inputs:
-    if isinstance(inputs, Mapping):
-        return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
-    return inputs.to(device)

@@ -1,0 +1,10 @@
+"""A training loop that can be read in one sitting.
+
+>>> history = fit(model, (x, y), epochs=5, lr=1e-3, validation=(x_val, y_val))   # doctest: +SKIP
+>>> history.frame.plot(y=["loss", "val_loss"])                                   # doctest: +SKIP
+"""
+
+from nbkit.training._evaluate import accuracy, evaluate
+from nbkit.training._loop import OPTIMIZERS, History, cosine, fit
+
+__all__ = ["OPTIMIZERS", "History", "accuracy", "cosine", "evaluate", "fit"]
