@@ -7,7 +7,7 @@ PY := .venv/bin/python
 READY := .venv/.ready
 LAB_FLAGS ?=
 PIP_FLAGS ?=
-T ?= tests notebooks
+T ?= notebooks tests
 
 # Stored outputs were made on one thread; in checks, models come from the cache that `make models` fills, from no hub.
 export JUPYTER_PREFER_ENV_PATH = 1
@@ -28,7 +28,7 @@ lab: $(READY) models  ## open JupyterLab (localhost, token on) at the first note
 test: $(READY) models chromium  ## every check: ruff, claims, unit tests, notebooks, browser (T=tests/unit for a part)
 	@$(PY) -m ruff check nbkit tests data/recipes
 	@$(PY) -m nbkit.claims --check
-	@$(PY) -m pytest -q -n 2 --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout=180 $(T)
+	@$(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --nbval-lax --nbval-current-env --nbval-cell-timeout=180 $(T)
 
 models: $(READY)  ## fetch the models the notebooks use into the cache, once
 	@$(PY) -m nbkit.weights fetch || echo "Not all models are here: notebooks that need one say how to get it."

@@ -213,7 +213,7 @@ def _wait_for_another_picture(page, picture, before: list[int], seconds: float =
 
 
 def _notebooks() -> list[str]:
-    real = "00-start/05-sparsity.ipynb"
+    real = "00-start/02-hooks.ipynb"
     return ["small.ipynb"] + ([f"notebooks/{real}"] if (_paths.notebooks_dir() / real).is_file() else [])
 
 
