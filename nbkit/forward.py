@@ -85,6 +85,19 @@ def check_device(model: nn.Module, inputs: Inputs) -> None:
             raise ValueError(f"inputs are on {value.device} but the model is on {there}; move one with .to(...)")
 
 
+@contextmanager
+def naming_types(model: nn.Module, x: Tensor) -> Iterator[None]:
+    """Where the model fails inside on ``x`` and holds numbers of another type, say so: TypeError naming both types."""
+    weights = next((p for p in model.parameters() if p.is_floating_point()), x)
+    try:
+        yield
+    except RuntimeError as error:
+        if x.dtype == weights.dtype:
+            raise
+        types = f"X holds {x.dtype} and the model {weights.dtype}, on which it fails"
+        raise TypeError(f"{types}: {error}; give X.to({weights.dtype})") from error
+
+
 def batch_size(inputs: Inputs) -> int:
     """Number of examples: the length of axis 0 of the (first) tensor."""
     value = next(v for v in inputs.values() if isinstance(v, Tensor)) if isinstance(inputs, Mapping) else inputs

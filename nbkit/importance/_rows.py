@@ -150,23 +150,10 @@ def _module_input(model: nn.Module, X: Any, table: Any) -> Tensor:
             if not ok
         ]
         raise NotFinite(f"X holds NaN or infinite values in {', '.join(bad)}")
-    _check_type(model, values)
+    # one row ahead of all: an embedding takes integers, and a module may convert what it is given
+    with forward.naming_types(model, values), forward.evaluating(model), torch.no_grad():
+        forward.call(model, values[:1])
     return values
-
-
-def _check_type(model: nn.Module, values: Tensor) -> None:
-    """Raise TypeError naming both types where a module cannot run on another type than that of its weights."""
-    weights = next((p for p in model.parameters() if p.is_floating_point()), values)
-    if values.dtype == weights.dtype:
-        return
-    try:  # an embedding takes integers, and a module may convert what it is given
-        with forward.evaluating(model), torch.no_grad():
-            forward.call(model, values[:1])
-    except RuntimeError as error:
-        raise TypeError(
-            f"X holds {values.dtype} and the model {weights.dtype}, on which it fails: {error}; "
-            f"give X.to({weights.dtype})"
-        ) from error
 
 
 def _coded(output: Any, labels: np.ndarray | None) -> Any:

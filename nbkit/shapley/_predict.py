@@ -42,17 +42,8 @@ def module_score(model: nn.Module, output: Output, first: Tensor) -> tuple[Calla
     Raises: as ``predictor``; TypeError naming both types where the module fails on another than that of its weights.
     """
     forward.check_device(model, first)
-    weights = next((p for p in model.parameters() if p.is_floating_point()), first)
-    try:
-        with torch.no_grad(), forward.evaluating(model):
-            shape = forward.logits(model, first).shape
-    except RuntimeError as error:
-        if first.dtype == weights.dtype:
-            raise
-        raise TypeError(
-            f"X holds {first.dtype} and the model {weights.dtype}, on which it fails: {error}; "
-            f"give X.to({weights.dtype})"
-        ) from error
+    with forward.naming_types(model, first), torch.no_grad(), forward.evaluating(model):
+        shape = forward.logits(model, first).shape
     if callable(output):
         return (lambda rows: forward.scores(forward.call(model, rows), output)), _name(output)
     if len(shape) == 1 or shape[1:] == (1,):
