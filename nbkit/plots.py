@@ -186,7 +186,7 @@ def curves(
     title: str | None = None,
     band: str = "range",
     percent: bool = False,
-    legend: str = "best",
+    legend: str | None = "best",
 ) -> Axes:
     """Curves over ``x``: the mean over seeds as a line, their spread as a band.
 
@@ -195,7 +195,8 @@ def curves(
         lines: label -> ``[seeds, n]``, or ``[n]`` for a line without a band.
         band: ``"range"`` (smallest to largest seed) or ``"ci"`` (95 % interval of the mean, Student's t).
         percent: show both axes' shares as percent (y only where x goes beyond 1).
-        legend: where, as in matplotlib's ``loc``; a place of one's own is quicker to draw than the best one.
+        legend: where, as in matplotlib's ``loc``; a place of one's own is quicker to draw than the best one. None: no
+            legend.
 
     Raises: ValueError naming the line whose shape does not fit, NotFinite.
     """
@@ -222,7 +223,8 @@ def curves(
     if title is not None:
         ax.set_title(title)
     ax.grid(axis="y")
-    ax.legend(loc=legend)
+    if legend is not None:
+        ax.legend(loc=legend)
     return ax
 
 
@@ -327,7 +329,7 @@ def contributions(
     base: float,
     xlabel: str,
     title: str | None = None,
-    most: int = 10,
+    most: int = 8,
 ) -> Axes:
     """From a base value to a total: a bar a part, each beginning where the one below it ends, the largest on top.
 
