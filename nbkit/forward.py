@@ -114,7 +114,7 @@ def take(inputs: Inputs, index: Any) -> Inputs:
 def call(model: nn.Module, inputs: Inputs) -> Any:
     """``model(inputs)`` or, for a dict, ``model(**inputs)``; the output as the model gives it.
 
-    The model gets a copy of floating inputs: its first operation may work in place.
+    The model gets a copy of plain floating inputs: its first operation may work in place.
     """
     if isinstance(inputs, Mapping):
         return model(**{name: _copied(value) for name, value in inputs.items()})
@@ -122,7 +122,7 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
 
 
 def _copied(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) and value.is_floating_point() else value
+    return value.clone() if type(value) is Tensor and value.is_floating_point() else value
 
 
 def outside_inference_mode(method: Callable) -> Callable:

@@ -114,7 +114,7 @@ def _module_rows(model: nn.Module, values: Tensor) -> Rows:
 
     def run(rows: Tensor) -> Tensor:
         with torch.no_grad(), forward.evaluating(model):
-            return _plain(forward.logits(rest, rows))
+            return _plain(forward.first_tensor(rest(rows)))  # forward.call would copy the rows, which are copies
 
     return Rows(values, run) if first is None else WideRows(values, run, first)
 

@@ -265,3 +265,15 @@ def test_a_model_that_first_ran_here_can_still_be_trained(device, method):
     method(model, x, 0)
     model(x).sum().backward()
     assert model.body[1].weight.grad.abs().sum() > 0
+
+
+def test_the_first_layer_sees_windows_and_not_whole_pictures(follow):
+    net, seen = conv_net().eval(), set()
+
+    class Noting(nn.Module):
+        def forward(self, x):
+            seen.add(type(x))
+            return net(x)
+
+    occlusion(Noting(), pictures(), 1, window=4)
+    assert _windows.Windowed in seen
