@@ -114,7 +114,8 @@ def take(inputs: Inputs, index: Any) -> Inputs:
 def call(model: nn.Module, inputs: Inputs) -> Any:
     """``model(inputs)`` or, for a dict, ``model(**inputs)``; the output as the model gives it.
 
-    The model gets a copy of plain floating inputs: its first operation may work in place.
+    The model gets a copy of plain floating inputs: its first operation may work in place, which a leaf of autograd does
+    not allow and a caller does not expect.
     """
     if isinstance(inputs, Mapping):
         return model(**{name: _copied(value) for name, value in inputs.items()})

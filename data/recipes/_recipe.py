@@ -69,11 +69,15 @@ def from_apt(package: str, files: dict[str, str]) -> list[bytes]:
     root = Path("/")
     with tempfile.TemporaryDirectory() as folder:
         if not all((root / f).is_file() for f in files):
-            subprocess.run(["apt-get", "download", "-qq", package], cwd=folder, check=True)
-            (deb,) = Path(folder).glob("*.deb")
-            subprocess.run(["dpkg-deb", "-x", deb, "unpacked"], cwd=folder, check=True)
+            subprocess.run(["dpkg-deb", "-x", _apt_download(package, folder), "unpacked"], cwd=folder, check=True)
             root = Path(folder) / "unpacked"
         return [verified((root / f).read_bytes(), sha, f"{package}: {f}") for f, sha in files.items()]
+
+
+def _apt_download(package: str, folder: str) -> Path:
+    subprocess.run(["apt-get", "download", "-qq", package], cwd=folder, check=True)
+    (deb,) = Path(folder).glob("*.deb")
+    return deb
 
 
 def from_deb(package: str, version: str, sha: str) -> tuple[dict[str, bytes], dict[str, str]]:
@@ -82,8 +86,7 @@ def from_deb(package: str, version: str, sha: str) -> tuple[dict[str, bytes], di
     Returns: path below / -> content of every file; path below / -> path below / of every symbolic link.
     """
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(["apt-get", "download", "-qq", f"{package}={version}"], cwd=folder, check=True)
-        (deb,) = Path(folder).glob("*.deb")
+        deb = _apt_download(f"{package}={version}", folder)
         verified(deb.read_bytes(), sha, f"{package} {version}")
         tree = subprocess.run(["dpkg-deb", "--fsys-tarfile", deb], check=True, capture_output=True).stdout
     files, links = {}, {}

@@ -64,7 +64,7 @@ def attention_rollout(
             mixed = (1 - residual) * matrix + residual * torch.eye(matrix.shape[-1], device=matrix.device)
             mixed = mixed / mixed.sum(-1, keepdim=True)
             rollout = mixed if rollout is None else mixed @ rollout
-    rollout = rollout.cpu().clone()
+    rollout = rollout.cpu()
     if token is None:
         return rollout
     if not -rollout.shape[1] <= token < rollout.shape[1]:

@@ -51,8 +51,7 @@ def input_gradient(
     if rules is None:
         rules = _Lean if rows.numel() >= _WORTH and all(map(transparent, model.modules())) else nullcontext
     with rules():
-        # a copy goes in: a leaf cannot be overwritten by an in-place first layer
-        output = forward.call(model, put(leaf.clone(), index))
+        output = forward.call(model, put(leaf, index))
     return gradient_of(forward.scores(output, target), leaf, "the inputs")
 
 

@@ -118,7 +118,7 @@ def _one_pass(
         for name in names:
             module = hooks.get_layer(rules.model, name)
             stack.callback(attach(module, "output", partial(rules.capture, name)))
-        output = forward.call(rules.model, put(leaf.clone(), index))
+        output = forward.call(rules.model, put(leaf, index))
     score = forward.scores(output, target)
     if not score.requires_grad:
         raise ValueError("the score does not depend on the inputs through differentiable operations")

@@ -36,7 +36,7 @@ def resolve(model: nn.Module, layers: str | Iterable[str]) -> list[str]:
     Raises: LayerNotFound for a name or pattern that matches nothing, ValueError for no name at all, TypeError for what
     is no name.
     """
-    if not isinstance(layers, (str, Iterable)) or isinstance(layers, nn.Module):
+    if not isinstance(layers, Iterable):
         raise TypeError(f"layers are given by name, not as {type(layers).__name__}")
     names: list[str] = []
     known = [n for n, _ in model.named_modules()]
