@@ -22,8 +22,8 @@ help:  ## this list
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## +/ /' | awk '{n = $$1; $$1 = ""; printf "make %-9s%s\n", n, $$0}'
 
 lab: $(READY) models  ## open JupyterLab (localhost, token on) at the first notebook
-	@$(PY) -m jupyter lab --ServerApp.ip=127.0.0.1 $$([ "$$(id -u)" != 0 ] || echo --allow-root) $(LAB_FLAGS) \
-	  notebooks/00-start/01-welcome.ipynb
+	@$(PY) -m jupyter lab --ServerApp.root_dir=. --ServerApp.ip=127.0.0.1 \
+	  $$([ "$$(id -u)" != 0 ] || echo --allow-root) $(LAB_FLAGS) notebooks/00-start/01-welcome.ipynb
 
 test: $(READY) models chromium  ## every check: ruff, claims, unit tests, notebooks, browser (T=tests/unit for a part)
 	@$(PY) -m ruff check nbkit tests data/recipes
