@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -165,6 +167,15 @@ def test_about_a_trained_network_tells_its_figures(checkpoints):
     assert card.parameters == sum(p.numel() for p in models.load("small-cnn").parameters())
     assert card.figures["accuracy"] == 0.6 and card.figures["seconds"] == 1.5
     assert "data/recipes/toy.py" in card.source and "accuracy 0.6" in card._repr_html_()
+
+
+def test_about_draws_no_random_numbers_and_does_not_load_the_compiler():
+    code = (
+        "import sys, torch; from nbkit import models; before = torch.get_rng_state(); "
+        "[models.about(name) for name in models.names()]; "
+        "assert torch.equal(torch.get_rng_state(), before) and 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("name", ["efficientnet-lite0", "small-cnn"])
