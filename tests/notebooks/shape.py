@@ -154,6 +154,16 @@ def drawn(book: Book) -> list[str]:
     return found
 
 
+def tidy(book: Book) -> list[str]:
+    """No picture is introduced by the name of a matplotlib object: a semicolon ends such a line."""
+    found = []
+    for number, cell, _ in book.numbered("code"):
+        texts = ["".join(output.get("data", {}).get("text/plain", "")) for output in cell.get("outputs", [])]
+        if any(re.match(r"[\[(]*(<Axes|<matplotlib|<seaborn|Text\()", text) for text in texts):
+            found.append(f"cell {number}: shows a matplotlib object's name; end its last line with a semicolon")
+    return found
+
+
 def selfchecked(book: Book) -> list[str]:
     """Explorers, where there are any, are checked in a cell whose output nbval compares."""
     explorers = sum(_name(call) == "explore" for _, _, s in book.numbered("code") for call in _calls(s, run_now=True))
@@ -300,7 +310,7 @@ def solutions(book: Book) -> list[str]:
 
 
 EVERY: list[Callable[[Book], list[str]]] = [
-    normal_form, small, short_cells, deterministic, titled, drawn, selfchecked, steady, untimed,
+    normal_form, small, short_cells, deterministic, titled, drawn, tidy, selfchecked, steady, untimed,
 ]  # fmt: skip
 PAPER: list[Callable[[Book], list[str]]] = [
     *EVERY, sections, title_cell, method_cells, explorer, claim, illustrated, length, known_answer, own_model,

@@ -75,6 +75,11 @@ def add(cell):
     return lambda book: book.cells.append(cell)
 
 
+def shows(text):
+    output = new_output("execute_result", data={"text/plain": text}, execution_count=1)
+    return change("plt.show()", "plt.show()", lambda cell: cell.outputs.append(output))
+
+
 def empty_outputs(words):
     return change(words, words, lambda cell: cell.outputs.clear())
 
@@ -92,6 +97,7 @@ DEFECTS = {
     "deterministic": [change("runtime.deterministic()", "# runtime.deterministic()")],
     "titled": [change("# Discovering", "Discovering")],
     "drawn": [empty_outputs("plt.show()"), empty_outputs("widgets.explore")],
+    "tidy": [shows("<Axes: title={'left': 'a'}>"), shows("[<matplotlib.lines.Line2D>]"), shows("Text(0, 1, 'a')")],
     "selfchecked": [change("# NBVAL_CHECK_OUTPUT", ""), empty_outputs("widgets.selfcheck()")],
     "steady": [
         add(new_code_cell("torch = None")),
