@@ -341,6 +341,8 @@ def contributions(
 
     Raises: ValueError (no parts, most below 1), NotFinite.
     """
+    from matplotlib.ticker import MaxNLocator
+
     if not parts or most < 1:
         raise ValueError(f"there must be parts to draw and most at least 1, not {len(parts)} parts and most={most}")
     values = _array(list(parts.values()), "parts", 1)
@@ -357,6 +359,8 @@ def contributions(
     ends = np.concatenate([[base], starts, starts + values])
     room = 0.04 * (np.ptp(ends) or 1.0)
     ax.set(xlabel=xlabel, xlim=(ends.min() - room, ends.max() + room))
+    ax.xaxis.set_major_locator(MaxNLocator(4))  # the labels say the numbers; a tick takes milliseconds
+    ax.tick_params(axis="y", left=False)
     if title is not None:
         ax.set_title(title)
     return ax
