@@ -22,7 +22,7 @@ from PIL import Image
 
 _MARGINS = ("left", "right", "bottom", "top", "wspace", "hspace")
 # at most six intervals between the ticks of an axis, each 1, 2 or 5 times a power of ten (2.5 would put ticks between
-# the numbers of layers); matplotlib's own choice is up to nine, and a tick takes 1 ms
+# the numbers of layers); matplotlib's own choice is up to nine, and a tick takes milliseconds
 _TICKS = {"nbins": 6, "steps": [1, 2, 5, 10]}
 
 
