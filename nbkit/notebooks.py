@@ -88,6 +88,7 @@ def execute(path: str | Path, *, append: str | None = None, timeout: float = 600
         resources={"metadata": {"path": str(path.resolve().parent)}},
         store_widget_state=False,
         record_timing=False,
+        shutdown_kernel="immediate",  # an interpreter with torch in it takes seconds to take itself apart
         extra_arguments=["--IPKernelApp.log_level=ERROR"],
     )
     running = {"cell": 0}
