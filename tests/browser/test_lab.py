@@ -18,11 +18,9 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-import nbformat
 import pytest
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from nbkit import _paths, notebooks
+from nbkit import _paths
 
 OUT = Path(__file__).parent / "out"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -31,16 +29,7 @@ FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
 ]  # fmt: skip
-SMALL = """\
-import numpy as np
-from nbkit import widgets
-
-def wave(fig, frequency, phase):
-    x = np.linspace(0, 6, 200)
-    fig.subplots().plot(x, np.sin(frequency * x + phase))
-
-widgets.explore(wave, frequency=(1, 10), phase=(0.0, 3.0, 0.1))
-"""
+NOTEBOOK = "notebooks/00-start/02-hooks.ipynb"
 
 pytestmark = pytest.mark.browser
 
@@ -58,9 +47,6 @@ def chromium():
 def folder(tmp_path_factory):
     """What JupyterLab serves: copies, so that its autosave changes nothing in the repository."""
     folder = tmp_path_factory.mktemp("lab")
-    cells = [new_markdown_cell("# A wave"), new_code_cell(SMALL), new_code_cell("print('the last cell ran')")]
-    small = notebooks.normalise(new_notebook(cells=cells))  # with the name of its kernel, else JupyterLab asks
-    nbformat.write(small, folder / "small.ipynb")
     shutil.copytree(_paths.notebooks_dir(), folder / "notebooks", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     return folder
 
@@ -212,23 +198,17 @@ def _wait_for_another_picture(page, picture, before: list[int], seconds: float =
     pytest.fail("the slider was dragged and the picture stayed as it was, or never came to rest")
 
 
-def _notebooks() -> list[str]:
-    real = "00-start/02-hooks.ipynb"
-    return ["small.ipynb"] + ([f"notebooks/{real}"] if (_paths.notebooks_dir() / real).is_file() else [])
-
-
 def test_the_server_asks_for_its_token(lab):
     address, _ = lab
     with pytest.raises(urllib.error.HTTPError, match="403"):
         urllib.request.urlopen(f"{address}/api/contents", timeout=10)
 
 
-@pytest.mark.parametrize("name", _notebooks())
-def test_a_slider_dragged_with_the_mouse_changes_the_picture(page, lab, name):
+def test_a_slider_dragged_with_the_mouse_changes_the_picture(page, lab):
     OUT.mkdir(exist_ok=True)
-    shot = OUT / f"{Path(name).stem}.png"
+    shot = OUT / f"{Path(NOTEBOOK).stem}.png"
     try:
-        _open(page, lab, name)
+        _open(page, lab, NOTEBOOK)
         _run_all_from_the_menu(page, 240_000)
         assert page.locator('[data-mime-type="application/vnd.jupyter.error"]').count() == 0
 
