@@ -172,7 +172,7 @@ def selfchecked(book: Book) -> list[str]:
     checks = [
         cell
         for _, cell, source in book.numbered("code")
-        if source.lstrip().startswith("# NBVAL_CHECK_OUTPUT") and "widgets.selfcheck(" in source
+        if source.lstrip().startswith("# NBVAL_CHECK_OUTPUT") and "selfcheck()" in source
     ]
     if not checks:
         return ["no cell that starts with '# NBVAL_CHECK_OUTPUT' calls widgets.selfcheck()"]
