@@ -11,12 +11,12 @@ T ?= notebooks tests
 
 # Stored outputs were made on one thread; in checks, models come from the cache that `make models` fills, from no hub.
 export JUPYTER_PREFER_ENV_PATH = 1
-test run bench: export OMP_NUM_THREADS = 1
-test run bench: export MKL_NUM_THREADS = 1
-test run bench: export TOKENIZERS_PARALLELISM = false
-test run bench: export HF_HUB_OFFLINE = 1
+test run check bench: export OMP_NUM_THREADS = 1
+test run check bench: export MKL_NUM_THREADS = 1
+test run check bench: export TOKENIZERS_PARALLELISM = false
+test run check bench: export HF_HUB_OFFLINE = 1
 
-.PHONY: help lab test models chromium run claims bench lock clean
+.PHONY: help lab test check models chromium run format index bench lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## +/ /' | awk '{n = $$1; $$1 = ""; printf "make %-9s%s\n", n, $$0}'
@@ -25,10 +25,13 @@ lab: $(READY) models  ## open JupyterLab (localhost, token on) at the first note
 	@$(PY) -m jupyter lab --ServerApp.root_dir=. --ServerApp.ip=127.0.0.1 \
 	  $$([ "$$(id -u)" != 0 ] || echo --allow-root) $(LAB_FLAGS) notebooks/00-start/01-welcome.ipynb
 
-test: $(READY) models chromium  ## every check: ruff, claims, unit tests, notebooks, browser (T=tests/unit for a part)
-	@$(PY) -m ruff check nbkit tests data/recipes
-	@$(PY) -m nbkit.claims --check
+test: $(READY) models chromium  ## every check: ruff, generated pages, unit tests, notebooks, browser (T=tests/unit for a part)
+	@$(PY) -m ruff check nbkit tests data conftest.py
+	@$(PY) -m nbkit.papers index --check
 	@$(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --nbval-lax --nbval-current-env --nbval-cell-timeout=180 $(T)
+
+check: $(READY)  ## all of one paper's checks: make check P=grad-cam
+	@$(PY) -m nbkit.papers check $(P)
 
 models: $(READY)  ## fetch the models the notebooks use into the cache, once
 	@$(PY) -m nbkit.weights fetch || echo "Not all models are here: notebooks that need one say how to get it."
@@ -42,8 +45,11 @@ chromium:  ## find Chromium for the browser test, or install it from Debian's pa
 run: $(READY)  ## execute notebooks in place, normalised: make run NB=notebooks/00-start/02-hooks.ipynb
 	@$(PY) -m nbkit.notebooks run $(NB)
 
-claims: $(READY)  ## gather the stored claims into CLAIMS.md
-	@$(PY) -m nbkit.claims
+format: $(READY)  ## lay out the code of notebooks at 100 columns: make format NB=notebooks/00-start/02-hooks.ipynb
+	@$(PY) -m nbkit.notebooks format $(NB)
+
+index: $(READY)  ## write the generated pages: CLAIMS.md, notebooks/README.md, pictures, tables of README and data/README
+	@$(PY) -m nbkit.papers index
 
 bench: $(READY)  ## import time, notebooks' run times, explorers' p95, rows beside other libraries
 	@$(PY) -m tests.benchmarks

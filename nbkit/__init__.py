@@ -15,13 +15,13 @@ __version__ = "0.1.0"
 
 _SUBMODULES = (
     # floor 0: the ground
-    "errors", "runtime", "weights", "datasets", "models", "forward",
+    "errors", "runtime", "weights", "datasets", "models", "recipes", "forward",
     # floor 1: the instruments
     "hooks", "training",
     # floor 2: the methods
     "attribution", "neurons", "shapley", "importance", "sparsity", "concepts", "faithfulness",
     # floor 3: the paper's shelf
-    "papers", "claims", "notebooks",
+    "papers", "claims", "notebooks", "exercises",
     # floor 4: the reader's hands
     "widgets", "plots",
 )  # fmt: skip
@@ -41,6 +41,6 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:  # lets editors complete what __getattr__ loads
     from nbkit import (  # noqa: F401
-        attribution, claims, concepts, datasets, errors, faithfulness, forward, hooks, importance, models,
-        neurons, notebooks, papers, plots, runtime, shapley, sparsity, training, weights, widgets,
+        attribution, claims, concepts, datasets, errors, exercises, faithfulness, forward, hooks, importance, models,
+        neurons, notebooks, papers, plots, recipes, runtime, shapley, sparsity, training, weights, widgets,
     )  # fmt: skip

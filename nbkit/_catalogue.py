@@ -73,9 +73,18 @@ class Paper:
 @functools.cache
 def papers() -> dict[str, Paper]:
     """Slug -> paper, in reading order."""
-    text = Path(__file__).with_name("_catalogue.toml").read_text(encoding="utf-8")
-    rows = tomllib.loads(text)["paper"]
+    rows = _file()["paper"]
     return {row["slug"]: Paper(**{**row, "authors": tuple(row["authors"])}) for row in rows}
+
+
+def chapters() -> dict[str, str]:
+    """Folder of ``notebooks/`` -> what the chapter is about, in reading order, ``00-start`` first."""
+    return _file()["chapters"]
+
+
+@functools.cache
+def _file() -> dict:
+    return tomllib.loads(Path(__file__).with_name("_catalogue.toml").read_text(encoding="utf-8"))
 
 
 def get(slug: str) -> Paper:

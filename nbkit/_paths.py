@@ -14,7 +14,7 @@ _PACKAGE = Path(__file__).resolve().parent
 def repo_root() -> Path | None:
     """The folder of the clone this package runs from, or None when it was installed from a wheel."""
     root = _PACKAGE.parent
-    return root if (root / "data" / "recipes").is_dir() else None
+    return root if (root / "data" / "sets").is_dir() else None
 
 
 def _folder(name: str) -> Path:

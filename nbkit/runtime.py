@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 import os
 import platform
 import random
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+_kept = 0  # bytes of freed memory that this process was told to keep
+NO_WORKER_SECONDS = 60  # a dask cluster may be without workers for this long: a lost one is replaced in seconds
 
 
 def device(which: str = "auto"):
@@ -106,26 +112,14 @@ def keep_freed_memory(most: int = 2**29) -> bool:
     import ctypes
     import sys
 
+    global _kept
     if sys.platform != "linux":
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
     trim_threshold, mmap_threshold, largest = -1, -3, 2**25  # names and limit of glibc's malloc.h
-    return mallopt is not None and bool(mallopt(trim_threshold, most)) and bool(mallopt(mmap_threshold, largest))
-
-
-def _call_on_threads(fn: Callable[[T], R], threads: int, boxed: tuple[T]) -> R:
-    # A worker process starts with as many torch threads as the machine has cores: results would then depend on
-    # where a piece ran, and the workers would fight over the cores.
-    import torch
-
-    before = torch.get_num_threads()
-    if before != threads:
-        torch.set_num_threads(threads)
-    try:
-        return fn(*boxed)
-    finally:
-        if before != threads:
-            torch.set_num_threads(before)
+    done = mallopt is not None and bool(mallopt(trim_threshold, most)) and bool(mallopt(mmap_threshold, largest))
+    _kept = most if done else _kept
+    return done
 
 
 def parallel(
@@ -138,18 +132,96 @@ def parallel(
     >>> with joblib.parallel_config(backend="dask"):            # or "ray", "loky", "threading"
     ...     results = parallel(train_once, seeds)
 
-    runs the same call on a cluster. Each piece runs on as many torch threads as the caller has, wherever it runs.
+    runs the same call on a cluster. Wherever a piece runs, it has the caller's number of torch threads, its choice of
+    deterministic kernels and its :func:`keep_freed_memory`.
     ``desc`` shows a progress bar with that label. An exception in a piece stops the rest and is raised here.
-    """
-    import functools
 
+    On dask the pieces of a worker that dies go to another one. Raises there: KilledWorker for a piece that took four
+    workers with it (``distributed.scheduler.allowed-failures``), TimeoutError where no worker is left for a minute
+    (or for the ``wait_for_workers_timeout`` of ``parallel_config``, if that is longer).
+    """
     import joblib
     import torch
     from tqdm.auto import tqdm
 
-    items = list(items)
-    call: Callable[[Any], R] = functools.partial(_call_on_threads, fn, torch.get_num_threads())
-    # Boxed, because joblib's dask backend places a bare array on one worker alone, and the sweep dies with that worker.
-    work = (joblib.delayed(call)((item,)) for item in items)
-    results = joblib.Parallel(n_jobs=n_jobs, return_as="generator")(work)
-    return list(tqdm(results, total=len(items), desc=desc, disable=desc is None))
+    boxes = [_Box(item) for item in items]
+    call = functools.partial(_call_as, fn, torch.get_num_threads(), torch.get_deterministic_debug_mode(), _kept)
+    backend, _ = joblib.parallel.get_active_backend()
+    with tqdm(total=len(boxes), desc=desc, disable=desc is None) as bar:
+        if getattr(backend, "client", None) is not None:
+            return _over_dask(backend, call, boxes, bar)
+        work = (joblib.delayed(call)(box) for box in boxes)
+        results = []
+        for result in joblib.Parallel(n_jobs=n_jobs, return_as="generator")(work):
+            results.append(result)
+            bar.update()
+        return results
+
+
+class _Box:
+    """Holds an item, so that dask, which looks into tuples and lists for work of its own, leaves it alone."""
+
+    def __init__(self, item):
+        self.item = item
+
+
+def _call_as(fn: Callable[[T], R], threads: int, mode: int, kept: int, box: _Box) -> R:
+    """A piece, run as the process runs that asked for it: threads, deterministic kernels, freed memory kept."""
+    # A worker process starts with as many torch threads as the machine has cores: results would then depend on
+    # where a piece ran, and the workers would fight over the cores.
+    import torch
+
+    if kept and kept != _kept:
+        keep_freed_memory(kept)  # for good, as there is no way back
+    before = torch.get_num_threads(), torch.get_deterministic_debug_mode()
+    if before != (threads, mode):
+        _set(threads, mode)
+    try:
+        return fn(box.item)
+    finally:
+        if before != (threads, mode):
+            _set(*before)
+
+
+def _set(threads: int, mode: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+    torch.set_deterministic_debug_mode(mode)
+
+
+def _over_dask(backend, call: Callable[[_Box], R], boxes: list[_Box], bar) -> list[R]:
+    """The pieces handed to dask's own client: joblib's loop waits for ever for a piece that dask has given up."""
+    from distributed import as_completed
+
+    backend.effective_n_jobs(-1)  # joblib's own error where no worker comes up
+    with backend.retrieval_context():  # inside another piece: frees the thread that this one holds
+        futures = backend.client.map(call, boxes, **{"pure": False, **backend.submit_kwargs})
+        try:
+            done = as_completed(futures, loop=backend.client.loop, with_results=True)
+            found = {future.key: result for future, result in _watched(done, backend, bar)}
+        except BaseException:
+            backend.client.cancel(futures)
+            raise
+    return [found[future.key] for future in futures]
+
+
+def _watched(done, backend, bar) -> Iterator[tuple[Any, Any]]:
+    """(future, result) as they come in. Raises what a piece raised, TimeoutError where no worker is left."""
+    patience = max(NO_WORKER_SECONDS, backend.wait_for_workers_timeout or 0)
+    looked = seen = time.monotonic()
+    while not done.is_empty():
+        if done.has_ready():
+            future, result = next(done)  # raises the exception of a failed piece
+            if isinstance(result, CancelledError):
+                raise result
+            bar.update()
+            yield future, result
+        elif (now := time.monotonic()) < looked + 1:
+            time.sleep(0.01)
+        else:
+            looked = now
+            if backend.client.ncores():
+                seen = now
+            elif now > seen + patience:
+                raise TimeoutError(f"no dask worker was left for {patience} s; what they wrote last says why")

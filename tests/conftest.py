@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import os
-import sys
-from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
 import torch
 
-from nbkit import _paths
+from nbkit import recipes
 
 torch.set_num_threads(1)
 
@@ -23,11 +20,6 @@ def device() -> torch.device:
 
 
 @pytest.fixture(scope="module")
-def recipe(request) -> Iterator[ModuleType]:
-    """A module of data/recipes, by the name in the test module's RECIPE."""
-    folder = str(_paths.data_dir() / "recipes")
-    sys.path.insert(0, folder)
-    try:
-        yield importlib.import_module(request.module.RECIPE)
-    finally:
-        sys.path.remove(folder)
+def recipe(request) -> ModuleType:
+    """A recipe as a module, by its path below data/ in the test module's RECIPE."""
+    return recipes.load(request.module.RECIPE)

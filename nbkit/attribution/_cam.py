@@ -29,7 +29,6 @@ def grad_cam(
     size: Size = None,
     with_weights: bool = False,
     batch: int | None = None,
-    wrt: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The feature maps of a layer, weighted by the mean gradient of the target's score, summed over channels.
 
@@ -43,7 +42,6 @@ def grad_cam(
         size: upsample to ``(H, W)`` (see :func:`upsample`); ``None`` stays at the layer's resolution.
         with_weights: also return the channel weights ``alpha`` ``[N, K]``, the importance of each channel.
         batch: examples in one pass; ``None``: all.
-        wrt: accepted so that all methods are called alike; the layer is explained, not the inputs.
 
     Returns: maps ``[N, h, w]`` (or ``[N, H, W]``) on the CPU. A map without any positive evidence is zero
     everywhere, and a warning names its example.
@@ -70,7 +68,6 @@ def grad_cam_plus_plus(
     size: Size = None,
     with_weights: bool = False,
     batch: int | None = None,
-    wrt: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Grad-CAM with channel weights that count each place of evidence alike, so that several objects show.
 

@@ -32,8 +32,10 @@ def guided_backprop(
     """The input gradient with every ReLU passing back only positive gradients, of positive inputs.
 
     At a ReLU with input ``x`` and incoming gradient ``R``: ``R * [x > 0] * [R > 0]``; at a ReLU6 the first mask is
-    ``[0 < x < 6]``. The forward is unchanged. ReLUs are found where they are applied, so functional calls
-    (``F.relu``, ``x.clamp(min=0)``) count as well as modules, and the model is not touched.
+    ``[0 < x < 6]``, its own gradient's. The forward is unchanged. ReLUs are found where they are applied, so functional
+    calls (``F.relu``, ``x.clamp(min=0)``) count as well as modules, and the model is not touched. captum hooks modules
+    of type ``nn.ReLU`` and nothing else: on a network of ReLU6, such as EfficientNet-Lite0, what it calls guided
+    backpropagation is the plain gradient.
 
     Arguments and result as in :func:`saliency`.
 

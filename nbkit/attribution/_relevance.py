@@ -77,8 +77,12 @@ def layer_relevance(
         rule: one rule for all, or a mapping from layer names or class names to rules, the others being ``"epsilon"``:
             ``{"Conv2d": "zplus", "Linear": "epsilon"}``.
         epsilon: stabiliser of every denominator, in the units of the activations.
-        bias: let the bias take its share, which is then lost. ``False`` leaves it out of the denominators, so that the
-            relevance of every layer sums to the score (conservation).
+        bias: let the bias take its share, which is then lost. ``False`` leaves it out of the denominators: every
+            unit then hands all of its relevance to its inputs, in proportion to what they contribute, and these sum to
+            the score but for one loss. Nobody contributes to a unit that lives on its bias alone (as where a picture is
+            black) or, with ``"zplus"``, has no positive contribution: what reaches it is lost. With ``"epsilon"``
+            contributions of both signs may nearly cancel, and their relevances are then huge. Only with ``bias=True``
+            is ``"epsilon"`` input times gradient, in a network of linear layers, ReLUs and max pooling.
         batch: examples in one pass; ``None``: all.
         wrt: the tensor of a dict of inputs that is explained; ``None``: its only floating one.
 

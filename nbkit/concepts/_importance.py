@@ -33,11 +33,13 @@ def concept_importance(
 
     ``method``:
 
-    - ``"sobol"``: total Sobol index of a factor in [0, 1] that multiplies the concept's code at every location,
-      in ``n`` (k + 1) forwards an example (:func:`total_sobol`; ``n`` design rows from ``seed``).
+    - ``"sobol"``: total Sobol index of a factor in [0, 1] that multiplies the concept's code at every location: the
+      share of the score's variance left once all other factors are known, in ``n`` (k + 1) forwards an example
+      (:func:`total_sobol`; ``n`` design rows from ``seed``).
     - ``"gradient"``: |sum over locations of u dy/du|, gradient x code.
     - ``"tcav"``: 1 where y grows along the concept (sum over locations of dy/du > 0), else 0.
-    - ``"ablation"``: y minus y with the concept's codes set to 0. Signed.
+    - ``"ablation"``: y minus y with the concept's codes set to 0. Signed: a concept that argues against the target is
+      below 0. (``"sobol"`` and ``"gradient"`` give such a concept a high value, ``"tcav"`` one near 0.)
 
     Returns [k], the mean over examples, on the CPU; with ``per_example`` [N, k]. An example whose score does not
     change at all has no Sobol indices (NaN): it is left out of the mean, and a RuntimeWarning says how many were.

@@ -1,4 +1,4 @@
-"""Total Sobol indices: how much of a score's variance is lost when one factor alone is fixed."""
+"""Total Sobol indices: the share of a score's variance that is left once all factors but one are known."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ def total_sobol(
 ) -> Tensor:
     """Total Sobol index of each of ``k`` factors, uniform on [0, 1], for ``score``: masks [b, k] -> scores [b].
 
-    T_i = E[Var(Y | all but i)] / Var(Y), estimated with Jansen's formula from ``n`` rows of a scrambled Halton
-    sequence in 2k dimensions: sum of (Y(A) - Y(C_i))² / (2 n Var Y(A)), C_i being A with column i from B. ``score`` is
-    called once, with n(k + 1) masks. Returns T [k], float64; a factor without influence has exactly 0; all NaN where
-    the score is constant.
+    T_i = E[Var(Y | all but i)] / Var(Y): the share of the variance that is left once all the others are known, so what
+    factor i does alone and in company. (What is *lost* when factor i alone becomes known, Var(E[Y | i]) / Var(Y), is
+    the first-order index, smaller wherever factors interact.) It has no sign.
+
+    Estimated with Jansen's formula from ``n`` rows of a scrambled Halton sequence in 2k dimensions: sum of
+    (Y(A) - Y(C_i))² / (2 n Var Y(A)), C_i being A with column i from B. ``score`` is called once, with n(k + 1) masks.
+    Returns T [k], float64; a factor without influence has exactly 0; all NaN where the score is constant.
 
     Raises: ValueError (k < 1, n < 2, scores of another shape).
 

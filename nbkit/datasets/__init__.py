@@ -7,25 +7,21 @@
 >>> d.x_train.shape
 torch.Size([10000, 1, 28, 28])
 
-Most are files under ``data/`` or come with an installed library; ``imagenet-sample`` and ``cifar-sample`` are fetched
-once into the user's cache. To use your own data, pass your own tensors: no method of the kit asks for these classes.
+Most are files under ``data/sets`` or come with an installed library; ``imagenet-sample``, ``cifar-sample`` and
+``textile`` are fetched once into the user's cache. To use your own data, pass your own tensors: no method of the kit
+asks for these classes.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from nbkit.datasets._catalogue import CATALOGUE
+from nbkit.datasets._catalogue import BESIDE, CATALOGUE
 from nbkit.datasets._texts import Dictionary, Retrieval
-from nbkit.datasets._types import About, Dataset, Pictures, Table, Tensors, Texts
+from nbkit.datasets._types import About, Dataset, File, Pictures, Table, Tensors, Texts
 from nbkit.errors import UnknownName, did_you_mean
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 __all__ = [
-    "About", "Dataset", "Dictionary", "Pictures", "Retrieval", "Table", "Tensors", "Texts",
-    "about", "load", "names", "results", "tensors",
+    "About", "Dataset", "Dictionary", "File", "Pictures", "Retrieval", "Table", "Tensors", "Texts",
+    "about", "files", "load", "names",
 ]  # fmt: skip
 
 
@@ -65,40 +61,10 @@ def load(name: str) -> Tensors | Table | Pictures | Texts | Retrieval | Dictiona
     return _load.load(name)
 
 
-def results(name: str):
-    """A table measured once by a script in ``data/recipes`` because it takes minutes: ``data/results/<name>.csv``.
-
-    Returns: pandas.DataFrame, one row a measurement; ``data/README.md`` names the script and how long it ran.
-
-    Raises UnknownName (a KeyError) with the nearest names.
-    """
-    import pandas as pd
-
-    from nbkit._paths import data_dir
-
-    folder = data_dir() / "results"
-    path = folder / f"{name}.csv"
-    if not path.is_file():
-        raise UnknownName(
-            f"no results {name!r}{did_you_mean(str(name), [p.stem for p in folder.glob('*.csv')])}"
-        )
-    return pd.read_csv(path)
-
-
-def tensors(name: str) -> dict[str, Tensor]:
-    """Tensors that a script in ``data/recipes`` stored beside its table: ``data/checkpoints/<name>.safetensors``.
-
-    Returns: name -> tensor on the CPU, of the stored type. Whole networks are loaded with ``nbkit.models.load``.
-
-    Raises UnknownName (a KeyError) with the nearest names.
-    """
-    from safetensors.torch import load_file
-
-    from nbkit._paths import data_dir
-
-    folder = data_dir() / "checkpoints"
-    path = folder / f"{name}.safetensors"
-    if not path.is_file():
-        known = [p.stem for p in folder.glob("*.safetensors")]
-        raise UnknownName(f"no tensors {name!r}{did_you_mean(str(name), known)}")
-    return load_file(path)
+def files() -> dict[str, File]:
+    """Every file of ``data/sets`` that a recipe made, by name: what it is, its source, licence and recipe."""
+    kind = {True: "real", False: "simulated"}
+    catalogued = [about for about in CATALOGUE.values() if about.file]
+    return {
+        a.file: File(f"{a.title}; {kind[a.real]}", a.source, a.licence, a.recipe) for a in catalogued
+    } | BESIDE

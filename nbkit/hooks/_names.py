@@ -59,6 +59,8 @@ def resolve(model: nn.Module, layers: str | Iterable[str]) -> list[str]:
 def neuron_axis(tensor: Tensor, module: nn.Module | None = None) -> int:
     """The axis of ``tensor`` that counts neurons (module docstring); ``module`` tells ``[N, C, L]`` from ``[N, T, F]``.
 
+    Only layers that fix their layout tell: an activation after a ``Conv1d`` does not, so its last axis is taken.
+
     Raises: ValueError for a tensor with fewer than two axes.
     """
     if tensor.ndim < 2:

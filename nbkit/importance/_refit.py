@@ -7,7 +7,14 @@ from typing import Any
 import numpy as np
 
 from nbkit import runtime
-from nbkit.importance._result import Importance, read_table, scoring_name, take_columns, take_rows
+from nbkit.importance._result import (
+    Importance,
+    feature_names,
+    read_table,
+    scoring_name,
+    take_columns,
+    take_rows,
+)
 
 
 def drop_column(
@@ -25,13 +32,15 @@ def drop_column(
 
     "LOCO", Lei et al. 2018, section 6. Clones of ``model`` (any scikit-learn estimator, fitted or not) are fitted
     (P + 1) * folds times through ``runtime.parallel``; ``model`` is left alone. Give it a ``random_state``: without
-    one the refits differ by chance as well.
+    one the refits differ by chance as well. A ColumnTransformer in it names its columns or selects them by type: a
+    refit takes what is left of the names.
 
     ``validation`` = (X, y) fits once on all rows and scores on those; otherwise ``cv``, a number of folds (stratified
     for a classifier) or a scikit-learn splitter, with ``groups`` [N] for one that keeps groups together. ``scoring``
     as in scikit-learn; None is the estimator's own score.
 
-    Raises: ValueError (one feature only, other columns in ``validation``, shapes), NotFinite (y), TypeError.
+    Raises: ValueError (one feature only, other columns in ``validation``, shapes, a ColumnTransformer by position),
+    NotFinite (y), TypeError.
 
     >>> drop_column(RandomForestClassifier(random_state=0), X, y, cv=5, n_jobs=2).mean
     """
@@ -83,16 +92,50 @@ def fit_and_score(
 ) -> float:
     """Score on the second half of ``fold`` = (X, y, X, y) of a clone fitted on the first, with these columns only.
 
-    Raises: ValueError where the score is not a number (a fold with one class, for one).
+    Raises: ValueError where the score is not a number (a fold with one class, for one), or a ColumnTransformer cannot
+    do without a column.
     """
-    from sklearn.base import clone
     from sklearn.metrics import check_scoring
 
     X, y, held, held_y = fold
-    fitted = clone(model).fit(take_columns(X, columns), y)
+    fitted = clone_for(model, feature_names(X), columns).fit(take_columns(X, columns), y)
     score = float(check_scoring(fitted, scoring=scoring)(fitted, take_columns(held, columns), held_y))
     if not np.isfinite(score):
         values, counts = np.unique(held_y, return_counts=True)
         shown = dict(zip(values.tolist()[:5], counts.tolist()[:5], strict=True))
         raise ValueError(f"{scoring_name(scoring or 'score')} is {score} on held-out rows with y {shown}")
     return score
+
+
+def clone_for(model: Any, names: list[str], columns: list[int]) -> Any:
+    """A clone of ``model`` whose ColumnTransformers name none of the columns that are left out.
+
+    Raises: ValueError where one goes by position, or where no column that is left reaches the model.
+    """
+    from sklearn.base import clone
+    from sklearn.compose import ColumnTransformer
+
+    fresh = clone(model)
+    kept = [names[k] for k in columns]
+    left_out = set(names) - set(kept)
+    for part in [fresh, *fresh.get_params(deep=True).values()] if left_out else []:
+        if isinstance(part, ColumnTransformer):
+            part.transformers = [(name, step, _still(chosen, left_out)) for name, step, chosen in part.transformers]
+            used = [step for _, step, chosen in part.transformers if callable(chosen) or len(chosen)]
+            if all(isinstance(step, str) and step == "drop" for step in [*used, part.remainder]):
+                raise ValueError(f"a ColumnTransformer of the model takes none of the columns {kept}; leave out of X "
+                                 "what the model does not use, or let it have remainder='passthrough'")  # fmt: skip
+    return fresh
+
+
+def _still(chosen: Any, left_out: set[str]) -> Any:
+    """What is left of a ColumnTransformer's columns: names, or a callable that chooses among those it is given."""
+    if callable(chosen):
+        return chosen
+    if isinstance(chosen, str):
+        return [] if chosen in left_out else chosen
+    names = [None] if isinstance(chosen, slice) else np.ravel(chosen).tolist()
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(f"a ColumnTransformer of the model takes columns by position ({chosen}), which is another "
+                         "column once one is left out; name them, or use make_column_selector")  # fmt: skip
+    return [name for name in names if name not in left_out]

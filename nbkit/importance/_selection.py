@@ -63,17 +63,17 @@ def forward_selection(
     """Forward selection on one split: start empty, add the feature whose addition scores highest on the held-out rows,
     stop when the best is not strictly higher than the step before (Bloch and Friedrich 2022).
 
-    Each candidate is a fresh clone of ``model`` fitted on the training part, through ``runtime.parallel``. Of equal
-    candidates the first is taken: by name for a DataFrame, so that the order of its columns does not matter, by
-    position for an array. The first feature is always taken.
+    Each candidate is a fresh clone of ``model`` fitted on the training part, through ``runtime.parallel`` (with a
+    ColumnTransformer in it as for ``drop_column``). Of equal candidates the first is taken: by name for a DataFrame,
+    so that the order of its columns does not matter, by position for an array. The first feature is always taken.
 
     ``validation``: the share of rows held out (stratified for a classifier; whole ``groups`` [N], one subject's visits
     say, where given), drawn with ``seed``; or a pair (X, y), and then all rows train. ``always``: features that are no
     candidates and are appended to the choice afterwards. ``max_features`` bounds the choice. ``scoring`` as in
     scikit-learn; None is accuracy for a classifier, r2 for a regressor.
 
-    Raises: ValueError (share outside (0, 1), no candidate, a fold with one class, shapes), UnknownName, NotFinite,
-    TypeError.
+    Raises: ValueError (share outside (0, 1), no candidate, a fold with one class, shapes, a ColumnTransformer by
+    position or without any of the columns), UnknownName, NotFinite, TypeError.
 
     >>> forward_selection(SVC(), X_train, y_train, always=["Age"]).selected
     """

@@ -20,19 +20,21 @@ from torch import Tensor, nn
 from nbkit.errors import UnknownName, did_you_mean
 from nbkit.models import _pretrained, _trained
 from nbkit.models._about import About, of_pretrained, of_trained
+from nbkit.models._checkpoints import load_checkpoint, save_checkpoint
 from nbkit.models._images import ImageTransform
 from nbkit.models._pretrained import PRETRAINED
-from nbkit.models._zoo import ARCHITECTURES, build, load_checkpoint, save_checkpoint
+from nbkit.models._trained import Checkpoint, checkpoints
+from nbkit.models.zoo import ARCHITECTURES, build
 
 __all__ = [
-    "About", "ImageTransform", "about", "architectures", "build", "labels", "load", "load_checkpoint", "mean_pool",
-    "names", "save_checkpoint", "tokenizer", "transform",
+    "About", "Checkpoint", "ImageTransform", "about", "architectures", "build", "checkpoints", "labels", "load",
+    "load_checkpoint", "mean_pool", "names", "save_checkpoint", "tokenizer", "transform",
 ]  # fmt: skip
 
 
 def names() -> list[str]:
     """The names ``load`` takes: the pretrained models, then the architectures with a checkpoint in this kit."""
-    return [*PRETRAINED, *dict.fromkeys(c.name for c in _trained.checkpoints())]
+    return [*PRETRAINED, *dict.fromkeys(c.name for c in checkpoints())]
 
 
 def architectures() -> list[str]:
@@ -43,22 +45,24 @@ def architectures() -> list[str]:
 def about(name: str, **options: Any) -> About:
     """Task, licence, source, input and size of a model, and the figures of its training where the kit trained it.
 
-    ``options`` as for ``load`` (``seed``, ``dataset``). Loads no weights and fetches nothing. Raises: UnknownName.
+    ``options`` as for ``load`` (``seed``, ``dataset``, ``variant``). Loads no weights and fetches nothing.
+
+    Raises: UnknownName.
 
     >>> models.about("dinov2-small").licence                      # doctest: +SKIP
     """
     _known(name)
     if name in PRETRAINED:
         return of_pretrained(name, PRETRAINED[name])
-    return of_trained(_trained.checkpoints(name), _trained.choose(name, **options))
+    return of_trained(checkpoints(name), _trained.choose(name, **options))
 
 
 def load(name: str, **options: Any) -> nn.Module:
     """A model in evaluation mode, in float32 on the CPU, every parameter with ``requires_grad`` as torch sets it.
 
     A pretrained model is fetched and converted on first use (``nbkit.weights``). Options: ``attn_implementation``
-    (``"sdpa"``, or ``"eager"`` for models asked for attention maps) for the transformers; ``seed`` and ``dataset`` for
-    the networks trained here.
+    (``"sdpa"``, or ``"eager"`` for models asked for attention maps) for the transformers; ``seed``, ``dataset`` and
+    ``variant`` for the networks trained here.
 
     Raises: UnknownName, TypeError (an option it does not have), DownloadError.
 
@@ -117,7 +121,7 @@ def labels(name: str, **options: Any) -> list[str]:
     if name == "efficientnet-lite0":
         from nbkit._paths import data_dir
 
-        return (data_dir() / "imagenet-labels.txt").read_text(encoding="utf-8").splitlines()
+        return (data_dir() / "sets" / "imagenet-labels.txt").read_text(encoding="utf-8").splitlines()
     if name not in PRETRAINED:
         facts = _trained.choose(name, **options).facts
         if "classes" in facts:

@@ -11,7 +11,7 @@ import torch
 
 from nbkit.models._pretrained import Pretrained
 from nbkit.models._trained import Checkpoint
-from nbkit.models._zoo import ARCHITECTURES
+from nbkit.models.zoo import ARCHITECTURES
 from nbkit.weights import ARTEFACTS
 
 
@@ -55,13 +55,13 @@ def of_pretrained(name: str, model: Pretrained) -> About:
 
 def of_trained(there: Sequence[Checkpoint], chosen: Checkpoint) -> About:
     facts = dict(chosen.facts)
-    config, recipe = facts.pop("config", {}), facts.pop("recipe", "data/recipes")
+    config, recipe = facts.pop("config", {}), facts.pop("recipe", "data/models")
     with torch.random.fork_rng(devices=[]):  # the device "meta" draws no numbers, but loads torch's compiler: 2 s
         parameters = sum(p.numel() for p in ARCHITECTURES[chosen.name](**config).parameters())
-    variants = ", ".join(f"dataset={c.dataset!r}, seed={c.seed}" for c in there)
+    options = (f"dataset={c.dataset!r}, {f'variant={c.variant!r}, ' * bool(c.variant)}seed={c.seed}" for c in there)
     figures = {k: v for k, v in facts.items() if k not in ("architecture", "classes")}
     return About(
         chosen.name, chosen.name, f"classification of {chosen.dataset}", "Apache-2.0", f"trained here: {recipe}",
         f"the tensors of datasets.load({chosen.dataset!r}) as they are", parameters, figures,
-        f"Checkpoints: {variants}.",
+        f"Checkpoints: {', '.join(options)}.",
     )  # fmt: skip

@@ -27,7 +27,7 @@ class _Linear(NamedTuple):
 
 @forward.outside_inference_mode
 def input_gradients(
-    model: nn.Module, inputs: forward.Inputs, layer: str, neurons: Any = None, *, positions: Any = 0,
+    model: nn.Module, inputs: forward.Inputs, *, layer: str, neurons: Any = None, positions: Any = 0,
     max_bytes: int = 2**28, wrt: str | None = None, progress: bool = False,
 ) -> Tensor:  # fmt: skip
     """The gradient of every neuron of a layer with respect to the input.
@@ -50,7 +50,7 @@ def input_gradients(
     Raises: LayerNotFound, LayerDidNotRun; IndexError (neuron or position out of range); ValueError (no neuron; a layer
     that does not depend on the input); TypeError; NotFinite.
 
-    >>> input_gradients(vit, images[:1], "blocks.3.mlp.act").shape               # [1, 1536, 3, 112, 112]
+    >>> input_gradients(vit, images[:1], layer="blocks.3.mlp.act").shape               # [1, 1536, 3, 112, 112]
     """
     n = check(model, inputs)
     if max_bytes <= 0:

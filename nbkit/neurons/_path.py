@@ -106,8 +106,9 @@ def joint_attribution(
 
 @forward.outside_inference_mode
 def neuron_path(
-    model: nn.Module, inputs: forward.Inputs, target: forward.Target, layers: Iterable[str], *, steps: int = 20,
-    top_k: int = 1, positions: Any = 0, reuse: bool = True, max_bytes: int = MAX_BYTES, progress: bool = False,
+    model: nn.Module, inputs: forward.Inputs, target: forward.Target = None, *, layers: Iterable[str],
+    steps: int = 20, top_k: int = 1, positions: Any = 0, reuse: bool = True, max_bytes: int = MAX_BYTES,
+    progress: bool = False,
 ) -> NeuronPath:  # fmt: skip
     """The neuron path of each input: one unit a layer, chosen greedily from the first layer to the last.
 
@@ -136,7 +137,7 @@ def neuron_path(
 
     Source: Wang et al. 2025, arXiv 2503.09046 (layer-progressive neuron locating) and the authors' code.
 
-    >>> neuron_path(vit, images, labels, "blocks.*.mlp.act").path                                       # [N, L]
+    >>> neuron_path(vit, images, labels, layers="blocks.*.mlp.act").path                                # [N, L]
     """
     names, n = _checked(model, inputs, target, layers, steps, max_bytes)
     if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
@@ -157,8 +158,8 @@ def neuron_path(
                 waiting = [slice(i, i + 1) for i in range(chosen.start, n)]
                 bar.n = done
                 continue
-            except RuntimeError as error:  # among them NotImplementedError: no forward derivative
-                if kind is Recompute:
+            except RuntimeError as error:
+                if kind is Recompute or not _no_forward_derivative(error):
                     raise
                 warnings.warn(f"recomputing every step in full: {str(error).splitlines()[0]}", stacklevel=3)
                 kind, bar.n = Recompute, done
@@ -170,6 +171,11 @@ def neuron_path(
     if top_k == 1:
         path, scores, activations = path.squeeze(2), scores.squeeze(2), activations.squeeze(2)
     return NeuronPath(tuple(names), path, scores, activations, joint)
+
+
+def _no_forward_derivative(error: RuntimeError) -> bool:
+    """Whether an operation of the model cannot carry derivatives forward, and nothing else is wrong."""
+    return isinstance(error, NotImplementedError) or "forward AD" in str(error) or "forward-mode" in str(error)
 
 
 def _search(model: nn.Module, group: Group, top_k: int, kind: type[Passes], bar: tqdm) -> tuple[Tensor, ...]:

@@ -1,7 +1,8 @@
-"""The shelf: the catalogue of the 88 papers, and each paper's method imported from its notebook.
+"""The shelf: the catalogue of the 88 papers, each paper's stored data, and its method imported from its notebook.
 
 >>> papers.search("pruning attention heads")          # a DataFrame, best match first
 >>> craft = papers.method("craft")                    # the cells tagged `method`, as a module
+>>> papers.results("grad-cam", "mosaics")            # a table its recipe measured once
 >>> print(papers.bibtex(["craft", "neuron-path"]))
 """
 
@@ -18,9 +19,13 @@ from types import ModuleType
 
 from nbkit import _catalogue
 from nbkit._catalogue import Paper, get
+from nbkit.papers._shelf import Facts, facts, folder, results, tensors, unlisted
 from nbkit.papers.methods import module_name, unsafe_statements
 
-__all__ = ["Paper", "bibtex", "catalogue", "get", "method", "search", "unsafe_statements"]
+__all__ = [
+    "Facts", "Paper", "bibtex", "catalogue", "facts", "folder", "get", "method", "results", "search", "tensors",
+    "unlisted", "unsafe_statements",
+]  # fmt: skip
 
 _COLUMNS = ["slug", "title", "authors", "year", "venue", "arxiv", "chapter", "order", "notebook"]
 

@@ -24,10 +24,9 @@ def explain(
     model: Any,
     X: Any,
     background: Any = None,
-    method: str = "auto",
     *,
-    output: Output = None,
     target: Output = None,
+    method: str = "auto",
     seed: int = 0,
     n_samples: int | None = None,
     tolerance: float = 1e-3,
@@ -42,10 +41,10 @@ def explain(
     DataFrames, arrays or tensors; the model sees what it would be given (a DataFrame with its dtypes, a tensor on its
     device). The background should be training rows and is used whole; None takes up to 100 rows of X.
 
-    ``output``: what is explained. A classifier's P(second class) by default where it has two, else a class label; a
+    ``target``: what is explained. A classifier's P(second class) by default where it has two, else a class label; a
     regressor's prediction; for a torch module or callable the output as returned, and an index where there are
     several (a module that returns logits is explained in logits). A callable turns the model's output
-    (``predict_proba`` for a classifier) into one score a row. ``target`` is another name of it.
+    (``predict_proba`` for a classifier) into one score a row.
 
     ``method``:
 
@@ -65,16 +64,16 @@ def explain(
     |prediction - base value|.
 
     Returns an ``Explanation``; ``values`` is [N, P]. Raises: ValueError (other columns in the background, too many
-    features, a method that cannot explain this model, an unknown class), IndexError (output out of range), NotFinite
+    features, a method that cannot explain this model, an unknown class), IndexError (target out of range), NotFinite
     (missing values the model does not take), TypeError.
 
-    >>> explain(forest, X_test, X_train, output="AD").mean_abs()
+    >>> explain(forest, X_test, X_train, target="AD").mean_abs()
     """
     if method not in METHODS:
         raise ValueError(f"method {method!r} is unknown{did_you_mean(str(method), METHODS)}")
     if n_samples is not None and n_samples < 1:
         raise ValueError(f"n_samples must be at least 1, not {n_samples}")
-    played = game(model, X, background, output=_either(output, target), seed=seed, batch=batch)
+    played = game(model, X, background, target=target, seed=seed, batch=batch)
     features = played.table.x.shape[1]
     how = plan(played) if method in ("auto", "tree") else None
     if method == "auto":
@@ -102,7 +101,6 @@ def group_shapley(
     background: Any,
     groups: Mapping[str, Sequence[str | int]],
     *,
-    output: Output = None,
     target: Output = None,
     seed: int = 0,
     tolerance: float = 1e-3,
@@ -115,20 +113,14 @@ def group_shapley(
     otherwise (Owen 1977; ``group`` gives that sum). Other arguments, result and errors as for ``explain``; ``values``
     is [N, players].
 
-    >>> group_shapley(forest, X_test, X_train, aspects(X_train, 0.5), output="AD")
+    >>> group_shapley(forest, X_test, X_train, aspects(X_train, 0.5), target="AD")
     """
-    played = game(model, X, background, output=_either(output, target), seed=seed, batch=batch)
+    played = game(model, X, background, target=target, seed=seed, batch=batch)
     names, owner = owners(groups, played.table.names)
     data = played.table.frame if len(names) == len(owner) else None
     if data is not None:
         data = data.iloc[:, np.argsort(owner)].set_axis(names, axis=1)
     return warn_of_gap(_finish(played, exact(played, owner), names, data, "exact"), tolerance)
-
-
-def _either(output: Output, target: Output) -> Output:
-    if output is not None and target is not None:
-        raise TypeError("output= and target= are two names of one argument; give one of them")
-    return target if output is None else output
 
 
 def _choose(played: Game, how: Plan | str) -> str:

@@ -25,7 +25,7 @@ class Game:
     model: Any
     table: Table
     predict: Callable[[np.ndarray], np.ndarray]
-    output: Output
+    target: Output
     output_name: str
     batch: int
 
@@ -69,7 +69,7 @@ class Game:
         return digits
 
 
-def game(model: Any, X: Any, background: Any, *, output: Output, seed: int, batch: int) -> Game:
+def game(model: Any, X: Any, background: Any, *, target: Output, seed: int, batch: int) -> Game:
     """Check the inputs and read them once.
 
     Raises: as ``tabulate`` and ``predictor``; NotFinite (missing values that the model does not accept, or predictions
@@ -83,7 +83,7 @@ def game(model: Any, X: Any, background: Any, *, output: Output, seed: int, batc
             f"NaN or infinite values in {_shown(table.missing)}; {type(model).__name__} is given none"
         )
     try:
-        native, name = predictor(model, output, table.decode(table.x[:1]))
+        native, name = predictor(model, target, table.decode(table.x[:1]))
     except ValueError as error:
         raise _explained(error, table) from error
 
@@ -101,7 +101,7 @@ def game(model: Any, X: Any, background: Any, *, output: Output, seed: int, batc
             )
         return scores
 
-    return Game(model, table, predict, output, name, batch)
+    return Game(model, table, predict, target, name, batch)
 
 
 def shapley_weights(players: int) -> tuple[np.ndarray, np.ndarray]:

@@ -27,7 +27,7 @@ def expected_gradients(played: Game, *, draws: int, seed: int) -> np.ndarray:
     x, background = (played.table.decode(m) for m in (played.table.x, played.table.background))
     if not x.is_floating_point():
         raise TypeError(f"method='gradient' needs a float input, not {x.dtype}")
-    score, _ = module_score(played.model, played.output, x[:1])
+    score, _ = module_score(played.model, played.target, x[:1])
     others = len(background)
     draws = draws if draws <= others else -(-draws // others) * others
     b, t = _draws(len(x), others, draws, seed)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from unittest import mock
+
+import numpy as np
 
 from nbkit.shapley._aspects import Aspects
 from nbkit.shapley._explain import numpy_seeded
@@ -47,9 +49,24 @@ def waterfall(
     if not -len(explanation) <= row < len(explanation):
         raise IndexError(f"row {row} is out of range; the explanation has rows 0 to {len(explanation) - 1}")
     ax = _axes(ax, rows=min(max_display, explanation.values.shape[1]))
-    with _drawing_in(ax):
+    with _drawing_in(ax), mock.patch("matplotlib.pyplot.arrow", _forward_arrow(ax)):
         shap.plots.waterfall(explanation.to_shap()[row], max_display=max_display, show=False)
     return ax
+
+
+def _forward_arrow(ax: Axes) -> Callable[..., Any]:
+    """``ax.arrow`` for shap 0.51, which gives a bar shorter than an arrow's head a body of negative length: the arrow
+    then points the wrong way and ends elsewhere than its bar. Here such a bar is all head."""
+    from shap.plots._style import get_style
+
+    upwards = get_style().primary_color_positive
+
+    def arrow(x: float, y: float, dx: float, dy: float, **drawn: Any) -> Any:
+        sign = 1 if np.array_equal(drawn["color"], upwards) else -1
+        body = max(sign * dx, 1e-6 * drawn["head_length"])  # an arrow without any body has no direction
+        return ax.arrow(x, y, sign * body, dy, **drawn)
+
+    return arrow
 
 
 def dendrogram(found: Aspects, *, ax: Axes | None = None) -> Axes:
@@ -59,6 +76,7 @@ def dendrogram(found: Aspects, *, ax: Axes | None = None) -> Axes:
 
     >>> dendrogram(aspects(X_train, 0.5), ax=fig.subplots())
     """
+    import matplotlib
     from scipy.cluster import hierarchy
 
     if len(found.features) < 2:
@@ -66,7 +84,7 @@ def dendrogram(found: Aspects, *, ax: Axes | None = None) -> Axes:
     ax = _axes(ax, rows=len(found.features))
     hierarchy.dendrogram(
         found.linkage, labels=found.features, orientation="right", ax=ax,
-        color_threshold=0, above_threshold_color="#555555",
+        color_threshold=0, above_threshold_color="#555555", leaf_font_size=matplotlib.rcParams["ytick.labelsize"],
     )  # fmt: skip
     ax.axvline(1 - found.threshold, color="#D55E00", linestyle="--")
     ax.set_xlim(0, 1)

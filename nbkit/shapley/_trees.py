@@ -68,7 +68,7 @@ def plan(played: Game) -> Plan | str:
         return f"shap cannot read the trees: {error}"
     if explainer.model.trees is None or explainer.model.children_left.shape[1] > MAX_NODES:
         return f"shap cannot hold these trees (categories, or more than {MAX_NODES} nodes in one)"
-    column = class_index(trees.classes_, played.output) if hasattr(trees, "classes_") else 0
+    column = class_index(trees.classes_, played.target) if hasattr(trees, "classes_") else 0
     return Plan(explainer, _on_ranks(explainer, x, background), column)
 
 
@@ -115,8 +115,8 @@ def _unfit(played: Game, steps: tuple[Any, ...], trees: Any) -> str | None:
     kind = type(trees).__name__
     if kind not in _DIRECT | _LOG_ODDS:
         return f"{kind} is no tree ensemble that shap can explain exactly"
-    if callable(played.output):
-        return "a callable output= is no output of the trees"
+    if callable(played.target):
+        return "a callable target= is no output of the trees"
     blocked = [type(s).__name__ for s in steps if type(s).__name__ not in _COLUMNWISE]
     if blocked:
         return f"the pipeline mixes or recodes columns before the trees: {', '.join(blocked)}"

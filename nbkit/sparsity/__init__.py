@@ -19,6 +19,7 @@ from __future__ import annotations
 from nbkit.sparsity._allocate import magnitude_mask, mask_from_densities, mask_from_scores, prune_surviving
 from nbkit.sparsity._criteria import lamp, magnitude, random, relevance, snip, taylor
 from nbkit.sparsity._flops import flops, sparsity_report
+from nbkit.sparsity._iterative import Round, iterative_magnitude
 from nbkit.sparsity._masks import Masks
 from nbkit.sparsity._nested import mask_of_round, rounds_survived
 from nbkit.sparsity._schedule import erk, schedule, uniform
@@ -26,7 +27,7 @@ from nbkit.sparsity._structured import structured
 from nbkit.sparsity._weights import prunable
 
 __all__ = [
-    "Masks", "erk", "flops", "lamp", "magnitude", "magnitude_mask", "mask_from_densities", "mask_from_scores",
-    "mask_of_round", "prunable", "prune_surviving", "random", "relevance", "rounds_survived", "schedule", "snip",
-    "sparsity_report", "structured", "taylor", "uniform",
+    "Masks", "Round", "erk", "flops", "iterative_magnitude", "lamp", "magnitude", "magnitude_mask",
+    "mask_from_densities", "mask_from_scores", "mask_of_round", "prunable", "prune_surviving", "random", "relevance",
+    "rounds_survived", "schedule", "snip", "sparsity_report", "structured", "taylor", "uniform",
 ]  # fmt: skip

@@ -128,8 +128,9 @@ def relevance(
 
     ``target``: None (predicted class), int, ints [N], or a callable on the output giving [N] scores.
 
-    Source: Yeom et al. 2021, "Pruning by explaining" (arXiv 1912.08881), LRP relevance as a pruning criterion, here
-    with absolute values so that examples do not cancel. Raises: as :func:`snip`; ValueError for another ``per``.
+    Not the criterion of Yeom et al. 2021, "Pruning by explaining" (arXiv 1912.08881): that is LRP with the z+ rule,
+    started from the true class, summed over a unit with its sign; this is gradient times weight, absolute so that
+    examples do not cancel. Raises: as :func:`snip`; ValueError for another ``per``.
 
     >>> mask_from_scores(relevance(model, x[:100]), 0.9)
     """

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from nbkit._files import write_whole
 from nbkit.errors import LayerNotFound, NotFittedError, UnknownName, did_you_mean
 from nbkit.sparsity._weights import check_finite, same_names
 
@@ -200,7 +201,7 @@ class Masks(Mapping):
         Raises: FileNotFoundError where its folder does not exist.
         """
         import numpy as np
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         path = Path(path)
         if not path.parent.is_dir():
@@ -209,12 +210,7 @@ class Masks(Mapping):
             name: torch.from_numpy(np.packbits(mask.cpu().numpy().reshape(-1))) for name, mask in self.items()
         }
         shapes = json.dumps({name: list(mask.shape) for name, mask in self.items()})
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            save_file(bits, part, metadata={"format": _FORMAT, "shapes": shapes})
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        write_whole(path, save(bits, metadata={"format": _FORMAT, "shapes": shapes}))
         return path
 
     @classmethod

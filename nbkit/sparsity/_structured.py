@@ -59,7 +59,7 @@ def structured(
 
     The model must be a chain: Linear and Conv layers in any nesting of modules, each reading only the one before,
     with BatchNorm, pooling, dropout, flatten and activations with f(0) = 0 between them. A depthwise convolution
-    goes with the layer before it. ``model`` is not changed.
+    goes with the layer before it. Residual networks and attention are no chains. ``model`` is not changed.
 
     Raises: TypeError where the graph is no such chain, saying what breaks it; ValueError (fraction outside [0, 1),
     no channel left, the output's channels asked for, wrong shape or not binary); LayerNotFound; NotFinite;

@@ -17,9 +17,9 @@ Names = str | Iterable[str] | None
 def prunable(model: nn.Module, *, layers: Names = None, exclude: Names = ()) -> dict[str, nn.Parameter]:
     """The weights a mask may cover: ``weight`` of every ``Linear`` and convolution, in the order of the model.
 
-    Biases, normalisations, embeddings and the packed ``in_proj_weight`` of attention are left out. A weight shared by
-    several layers counts once. ``layers`` keeps only, ``exclude`` drops, what they name: a layer (``"fc1"``), its
-    weight (``"fc1.weight"``), or a block that holds layers (``"encoder"``).
+    Biases, normalisations, embeddings, recurrent layers and the packed ``in_proj_weight`` of ``nn.MultiheadAttention``
+    are left out. A weight shared by several layers counts once. ``layers`` keeps only, ``exclude`` drops, what they
+    name: a layer (``"fc1"``), its weight (``"fc1.weight"``), or a block that holds layers (``"encoder"``).
 
     Raises: LayerNotFound for an unknown name; ValueError where nothing is left to prune, or where a layer computes
     its weight (torch's own pruning, a parametrization), so that a mask on it would be lost.

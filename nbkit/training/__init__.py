@@ -6,5 +6,6 @@
 
 from nbkit.training._evaluate import accuracy, evaluate
 from nbkit.training._loop import OPTIMIZERS, History, cosine, fit
+from nbkit.training._state import recalibrate, state
 
-__all__ = ["OPTIMIZERS", "History", "accuracy", "cosine", "evaluate", "fit"]
+__all__ = ["OPTIMIZERS", "History", "accuracy", "cosine", "evaluate", "fit", "recalibrate", "state"]

@@ -29,7 +29,7 @@ def evaluate(
     Raises: ValueError (no data, different lengths, targets of another shape, a bad batch), IndexError (a class label
     out of range), NotFinite.
 
-    >>> from nbkit.models._zoo import build
+    >>> from nbkit.models import build
     >>> mean, right = evaluate(build("lenet-300-100", seed=0), torch.rand(8, 784), torch.arange(8))
     """
     x, y = check_pair((x, y), "data")
@@ -49,7 +49,7 @@ def evaluate(
 def accuracy(model: nn.Module, x: forward.Inputs, y: Tensor, *, batch: int = 512) -> float:
     """The accuracy of :func:`evaluate`, alone. Raises as it does.
 
-    >>> from nbkit.models._zoo import build
+    >>> from nbkit.models import build
     >>> 0 <= accuracy(build("lenet-300-100", seed=0), torch.rand(8, 784), torch.arange(8)) <= 1
     True
     """

@@ -132,7 +132,7 @@ def fit(
     All of these but NotFinite come before the first step, also for the validation sets. The model comes back in the
     mode (train/eval) it had.
 
-    >>> from nbkit.models._zoo import build
+    >>> from nbkit.models import build
     >>> len(fit(build("lenet-300-100", seed=0), (torch.rand(8, 784), torch.arange(8)), steps=3).loss)
     3
     """

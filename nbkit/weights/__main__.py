@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 
 from nbkit import weights
 from nbkit.errors import DownloadError, did_you_mean
@@ -24,7 +25,8 @@ def main(argv: list[str] | None = None) -> int:
         verify: "compare every file in the cache with its SHA-256",
     }.items():
         verb = verbs.add_parser("list" if act is show else act.__name__, help=text, description=text)
-        verb.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(ARTEFACTS)}; default: all")
+        there = f"of {', '.join(ARTEFACTS)}; default: what the notebooks need"
+        verb.add_argument("names", nargs="*", metavar="NAME", help=there)
         verb.set_defaults(act=act, again=False)
         if act is fetch:
             verb.add_argument("--again", action="store_true", help="also what is there")
@@ -32,7 +34,12 @@ def main(argv: list[str] | None = None) -> int:
     for name in options.names:
         if name not in ARTEFACTS:
             parser.error(f"no artefact {name!r}{did_you_mean(name, ARTEFACTS)}")
-    return options.act(options.names or list(ARTEFACTS), options)
+    return options.act(options.names or default(options.act), options)
+
+
+def default(act: Callable) -> list[str]:
+    """All to list; else what the notebooks need, and what is there already."""
+    return [n for n, a in ARTEFACTS.items() if act is show or not a.optional or weights.whole(weights.entry(n))]
 
 
 def fetch(names: list[str], options: argparse.Namespace) -> int:

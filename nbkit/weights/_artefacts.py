@@ -21,6 +21,8 @@ class Artefact:
     """``"module:function"`` called with (wheel, folder): a name, so that this floor need not import what it serves."""
     needs: tuple[str, ...] = ()
     """Modules that the conversion imports beyond torch and safetensors."""
+    optional: bool = False
+    """Fetched when it is asked for by name: no notebook runs on it."""
     revision: int = 1
     """Raised when ``convert`` comes to write something else."""
 
@@ -56,5 +58,10 @@ ARTEFACTS: dict[str, Artefact] = {
         "foolbox", "3.3.4",
         "11049d515d38e765e206a73ace9cc648b81a0d6d1da9ad9057e149ee117989cb", 1_677_112, "MIT (photos: ImageNet's terms)",
         "20 ImageNet validation photos, 20 CIFAR-10 images",
+    ),
+    "textile": Artefact(
+        "conformal-clip-data", "0.1.4",
+        "00144ccc179a887dbea15923be8cf236d0c0f49bf7fb6f7bb288e40b53fb1bcb", 42_144_952, "MIT",
+        "900 simulated textile pictures, reduced to 112 x 112", "nbkit.datasets._textile:convert", optional=True,
     ),
 }  # fmt: skip

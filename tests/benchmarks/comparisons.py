@@ -34,9 +34,9 @@ def classifying_vit():
     import torch
     from torch import nn
 
-    from nbkit import datasets, papers
+    from nbkit import papers
 
-    head, fitted = papers.method("neuron-path").ClassTokenProbe(384, 10), datasets.tensors("neuron-path-dinov2-probe")
+    head, fitted = papers.method("neuron-path").ClassTokenProbe(384, 10), papers.tensors("neuron-path", "dinov2-probe")
     head.load_state_dict({name: fitted[name] for name in ("weight", "bias")})
     backbone, pictures = vit()
     with torch.no_grad():
@@ -112,7 +112,7 @@ def _():
     reference = NeuronGradient(net, hooks.get_layer(net, layer))
     units = range(0, 1536, 16)
     return Row(
-        ours=lambda: neurons.input_gradients(net, pictures[:1], layer)[0],
+        ours=lambda: neurons.input_gradients(net, pictures[:1], layer=layer)[0],
         theirs=lambda: torch.cat([reference.attribute(pictures[:1], neuron_selector=(0, j)) for j in units]),
         same_part=lambda gradients: gradients[::16],
         part=16,

@@ -111,7 +111,7 @@ def _neuron_path(images: int = 4, **config):
     x = torch.rand(images, 1, 28, 28, generator=torch.Generator().manual_seed(0))
 
     def call():
-        found = neurons.neuron_path(net, x, 0, "blocks.*.mlp.act", steps=10)
+        found = neurons.neuron_path(net, x, 0, layers="blocks.*.mlp.act", steps=10)
         return [found.path, found.scores, found.activations, found.joint]
 
     return call
@@ -123,7 +123,7 @@ def _input_gradients(hidden: int):
     from nbkit import neurons
 
     net, x = _vit(hidden=hidden), torch.rand(1, 1, 28, 28, generator=torch.Generator().manual_seed(0))
-    return lambda: neurons.input_gradients(net, x, "blocks.3.mlp.act")
+    return lambda: neurons.input_gradients(net, x, layer="blocks.3.mlp.act")
 
 
 def _permutation(rows: int = 1000, columns: int = 64, hidden: int = 64):

@@ -1,4 +1,4 @@
-"""JupyterLab for real: a notebook run from the menu, a slider dragged with the mouse, a picture that answers.
+"""JupyterLab for real: a lesson run from the menu, a slider dragged with the mouse, saved, closed and opened again.
 
 Needs Chromium (a distribution's package will do) and skips with a line that says so where there is none; in CI
 (``CI=true``) that is a failure. Screenshots land in ``tests/browser/out/``.
@@ -7,7 +7,9 @@ Needs Chromium (a distribution's package will do) and skips with a line that say
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -30,6 +32,11 @@ FLAGS = [
     "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
 ]  # fmt: skip
 NOTEBOOK = "notebooks/00-start/02-hooks.ipynb"
+WIDGET = "application/vnd.jupyter.widget-view+json"
+PROMPTS = ".jp-CodeCell .jp-InputPrompt:not(.jp-Placeholder-prompt)"  # a collapsed cell shows a placeholder
+# JupyterLab shows a traceback as it shows what a cell writes to stderr; the text tells one from the other.
+STDERR = '.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.stderr"]'
+RAISED = r"Traceback \(most recent call last\)|^\w*(Error|Exception|Interrupt): "
 
 pytestmark = pytest.mark.browser
 
@@ -122,21 +129,53 @@ def _open(page, lab, name: str) -> None:
 
 def _choose(page, menu: str, entry: str) -> None:
     page.get_by_role("menuitem", name=menu, exact=True).click()
-    page.get_by_role("menuitem", name=entry, exact=True).click()
+    page.locator(".lm-Menu-itemLabel:visible").get_by_text(entry, exact=True).click()
 
 
 def _run_all_from_the_menu(page, milliseconds: float) -> None:
-    """Clear stored outputs, run all cells, wait until every cell on the page has its number and the kernel rests."""
+    """Clear stored outputs, run all cells, wait until every cell on the page has its number and the kernel rests.
+
+    Fails where a cell raised.
+    """
     _choose(page, "Edit", "Clear Outputs of All Cells")
     _choose(page, "Run", "Run All Cells")
-    page.wait_for_function(
-        """() => {
-            const prompts = [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(p => p.textContent);
+    raised = page.wait_for_function(
+        """([cells, stderr, raised]) => {
+            const texts = [...document.querySelectorAll(stderr)].map(e => e.textContent);
+            const traceback = texts.find(text => RegExp(raised, 'm').test(text));
+            const prompts = [...document.querySelectorAll(cells)].map(p => p.textContent);
             const kernel = document.querySelector('.jp-Notebook-ExecutionIndicator');
-            return prompts.length && prompts.every(p => /\\d/.test(p)) && kernel.dataset.status === 'idle';
+            const done = prompts.length && prompts.every(p => /\\d/.test(p)) && kernel.dataset.status === 'idle';
+            return traceback ? {traceback} : done && {traceback: null};
         }""",
+        arg=[PROMPTS, STDERR, RAISED],
         timeout=milliseconds,
-    )
+    ).json_value()["traceback"]
+    if raised:
+        pytest.fail(f"a cell raised:\n{raised}")
+
+
+def _save(page, file: Path) -> dict:
+    """Save from the menu; the notebook as it then lies in the file."""
+    before = file.stat().st_mtime_ns
+    _choose(page, "File", "Save Notebook")
+    end = time.monotonic() + 30
+    while file.stat().st_mtime_ns == before:
+        assert time.monotonic() < end, "the notebook was not saved"
+        page.wait_for_timeout(100)
+    page.locator(".lm-DockPanel-tabBar .lm-TabBar-tab.lm-mod-current:not(.jp-mod-dirty)").wait_for()
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _outputs(notebook: dict) -> list[dict]:
+    return [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
+
+
+def _shut_down_the_kernels(lab) -> None:
+    address, token = lab
+    for session in json.load(urllib.request.urlopen(f"{address}/api/sessions?token={token}", timeout=10)):
+        url = f"{address}/api/sessions/{session['id']}?token={token}"
+        urllib.request.urlopen(urllib.request.Request(url, method="DELETE"), timeout=30).close()
 
 
 def _scroll_to(page, selector: str):
@@ -204,33 +243,92 @@ def test_the_server_asks_for_its_token(lab):
         urllib.request.urlopen(f"{address}/api/contents", timeout=10)
 
 
-def test_a_slider_dragged_with_the_mouse_changes_the_picture(page, lab):
+@pytest.mark.parametrize(("code", "error"), [("1 / 0", "ZeroDivisionError"), ("1 +", "SyntaxError")])
+def test_a_cell_that_raises_fails_the_run(page, lab, folder, code, error):
+    from nbformat import v4, write
+
+    warns = "import sys; print('a warning, no Error', file=sys.stderr)"
+    cells = [v4.new_code_cell(source) for source in (warns, code, "'never'")]
+    kernel = {"name": "python3", "display_name": "Python 3 (ipykernel)"}
+    write(v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), folder / f"{error}.ipynb")
+    _open(page, lab, f"{error}.ipynb")
+    with pytest.raises(pytest.fail.Exception, match=f"(?s)a cell raised:.*{error}"):
+        _run_all_from_the_menu(page, 60_000)
+
+
+def test_a_notebook_that_was_only_opened_stays_as_it_was(page, lab, folder):
+    file = folder / NOTEBOOK
+    before = file.read_bytes()
+    _open(page, lab, NOTEBOOK)
+    _save(page, file)
+    assert file.read_bytes() == before
+
+
+def test_a_lesson_is_run_played_with_saved_and_opened_again(page, lab, folder):
     OUT.mkdir(exist_ok=True)
-    shot = OUT / f"{Path(NOTEBOOK).stem}.png"
+    file = folder / NOTEBOOK
+    name = OUT / file.stem
+    page.on("dialog", lambda dialog: dialog.accept())
     try:
         _open(page, lab, NOTEBOOK)
         _run_all_from_the_menu(page, 240_000)
-        assert page.locator('[data-mime-type="application/vnd.jupyter.error"]').count() == 0
+        output = _explorer(page)
+        _drag_there_and_back(page, output)
+        page.screenshot(path=name.with_suffix(".png"))
 
-        handle = _scroll_to(page, ".jp-OutputArea .widget-slider .noUi-handle")
-        output = handle.locator("xpath=ancestor::*[contains(concat(' ', @class, ' '), ' jp-OutputArea-child ')][1]")
+        saved = _save(page, file)
+        assert not [output for output in _outputs(saved) if output["output_type"] == "error"]
+        assert not [o for o in _outputs(saved) if WIDGET in o.get("data", {})], "a widget view was saved"
         picture = output.locator("img").first
-        picture.wait_for()
-        first = _bytes(picture)
-        assert first[:4] == [0x89, *b"PNG"]
+        _drag(page, output.locator(".noUi-handle").first, 0.02)
+        _wait_for_another_picture(page, picture, _bytes(picture))  # the page it was saved from is still alive
 
-        value = output.locator(".widget-readout").first
-        _drag(page, handle, 0.95)
-        at_the_end, there = _wait_for_another_picture(page, picture, first), value.inner_text()
-        _drag(page, handle, 0.02)
-        at_the_start = _wait_for_another_picture(page, picture, at_the_end)
-        _drag(page, handle, 0.95)
-        _wait_for_another_picture(page, picture, at_the_start)
-        _step_to(handle, value, there)  # the mouse may have let go a step away from where it did before
-        end = time.monotonic() + 30
-        while _bytes(picture) != at_the_end and time.monotonic() < end:
-            page.wait_for_timeout(200)
-        assert _bytes(picture) == at_the_end, f"two pictures for the value {there}"
-    finally:
-        page.screenshot(path=shot)
-    assert shot.stat().st_size > 10_000
+        for kernel in ("running", "gone"):
+            if kernel == "gone":
+                _shut_down_the_kernels(lab)
+            _open(page, lab, NOTEBOOK)
+            _see_the_pictures_of_explorers(page, saved)
+            page.screenshot(path=f"{name}-kernel-{kernel}.png")
+    except BaseException:
+        page.screenshot(path=f"{name}-failed.png")
+        raise
+    assert name.with_suffix(".png").stat().st_size > 10_000
+
+
+def _explorer(page):
+    """The output of the first explorer with a slider."""
+    handle = _scroll_to(page, ".jp-OutputArea .widget-slider .noUi-handle")
+    return handle.locator("xpath=ancestor::*[contains(concat(' ', @class, ' '), ' jp-OutputArea-child ')][1]")
+
+
+def _drag_there_and_back(page, output) -> None:
+    """Another place of the slider shows another picture; the same place the same one."""
+    handle, value = output.locator(".noUi-handle").first, output.locator(".widget-readout").first
+    picture = output.locator("img").first
+    picture.wait_for()
+    first = _bytes(picture)
+    assert first[:4] == [0x89, *b"PNG"]
+    _drag(page, handle, 0.95)
+    at_the_end, there = _wait_for_another_picture(page, picture, first), value.inner_text()
+    _drag(page, handle, 0.02)
+    at_the_start = _wait_for_another_picture(page, picture, at_the_end)
+    _drag(page, handle, 0.95)
+    _wait_for_another_picture(page, picture, at_the_start)
+    _step_to(handle, value, there)  # the mouse may have let go a step away from where it did before
+    end = time.monotonic() + 30
+    while _bytes(picture) != at_the_end and time.monotonic() < end:
+        page.wait_for_timeout(200)
+    assert _bytes(picture) == at_the_end, f"two pictures for the value {there}"
+
+
+def _see_the_pictures_of_explorers(page, notebook: dict) -> None:
+    bundles = [output["data"] for output in _outputs(notebook) if "image/png" in output.get("data", {})]
+    stored = [data["image/png"] for data in bundles if "".join(data["text/plain"]).startswith("explore(")]
+    assert stored
+    for png in stored:
+        picture = _scroll_to(page, f'.jp-RenderedImage img[src$="{png.strip()[-80:]}"]')
+        page.wait_for_timeout(1000)  # cells above may still grow into their height
+        picture.scroll_into_view_if_needed()
+        assert picture.evaluate("e => e.complete && e.naturalWidth") > 100
+    said = page.locator(".jp-NotebookPanel:visible").first.evaluate("e => e.textContent")
+    assert not re.search("(?i)error displaying widget|model not found", said)

@@ -160,7 +160,7 @@ def test_a_volume_and_its_reciprocal_share_an_aspect(data, h):
 
 
 def test_the_stored_tables_are_whole_and_hold_no_leak():
-    measures, chosen, leaned = (datasets.results(f"alzheimer-{n}") for n in ("metrics", "selection", "importance"))
+    measures, chosen, leaned = (papers.results("alzheimer-workflow", n) for n in ("metrics", "selection", "importance"))
     assert measures.seed.nunique() == 10 and set(workflow.FAMILIES) < set(measures.model)
     settings = measures[measures.model.isin(workflow.FAMILIES)].groupby(["data", "columns", "selected", "cohort"])
     assert (settings.size() == 50).all() and len(settings) == 8

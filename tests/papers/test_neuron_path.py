@@ -37,7 +37,7 @@ class Toy(nn.Module):
 def test_search_and_score_agree_with_the_package(k):
     model = vit()
     path, scores = method.search_path(model, x, y, LAYERS, m=5, k=k)
-    found = neurons.neuron_path(model, x, y, LAYERS, steps=5, top_k=k)
+    found = neurons.neuron_path(model, x, y, layers=LAYERS, steps=5, top_k=k)
     assert path.shape == (3, 3, k) and scores.shape == (3, 3, WIDTH)
     assert torch.equal(path, found.path.reshape(3, 3, k))
     torch.testing.assert_close(scores.topk(k, 2).values, found.scores.reshape(3, 3, k))
@@ -81,7 +81,7 @@ def test_influence_is_the_mean_derivative_along_the_image_and_ig_the_search_with
             slope = slope + neurons.gradient(model, images, by, layer=layer, positions=0) / 2
         torch.testing.assert_close(influence[:, row], slope)
     single = method.scores_by("single-neuron IG", model, x, y, LAYERS, m=4)
-    alone = [neurons.neuron_path(model, x, y, [layer], steps=4).path for layer in LAYERS]
+    alone = [neurons.neuron_path(model, x, y, layers=[layer], steps=4).path for layer in LAYERS]
     assert torch.equal(single.argmax(2), torch.cat(alone, 1))
     assert torch.equal(method.scores_by("activation", model, x, y, LAYERS), method.record_rows(model, x, LAYERS))
     a, b = (method.scores_by("random", model, x, y, LAYERS, seed=seed) for seed in (3, 3))

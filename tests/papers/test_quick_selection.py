@@ -224,7 +224,7 @@ def test_a_layer_that_refuses_a_rewiring_is_left_as_it_was():
     assert layer.place.tolist() == [0, 5] and layer.weight.tolist() == [1, 2]
 
 
-RECIPE = "quick_selection"  # which holds the other selectors and the evaluation
+RECIPE = "papers/quick-selection/recipe.py"  # which holds the other selectors and the evaluation
 
 
 def test_laplacian_score_is_the_graph_laplacian_over_the_weighted_variance(recipe):

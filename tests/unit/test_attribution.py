@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from nbkit import attribution
+from nbkit import attribution, datasets, models
 from nbkit.errors import NotFinite
 
 # every gradient method, called alike
@@ -92,8 +92,36 @@ def test_agree_with_captum(device, seed, inplace):
 @pytest.mark.parametrize("seed", range(3))
 def test_guided_backprop_agrees_with_captum_on_relu_modules(device, seed):
     net, x = conv_net(seed).eval().to(device), pictures(device)
-    net[5] = nn.ReLU()  # captum knows no ReLU6
+    net[5] = nn.ReLU()
     assert agree(attribution.guided_backprop(net, x, 2), GuidedBackprop(net).attribute(x, 2))
+
+
+class GuidedAtReLU6(GuidedBackprop):
+    """captum's, which hooks ``nn.ReLU`` alone, taught ReLU6."""
+
+    def _register_hooks(self, module):
+        if isinstance(module, (nn.ReLU, nn.ReLU6)):
+            self.backward_hooks.append(module.register_full_backward_hook(self._backward_hook))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_guided_backprop_at_a_relu6_differs_from_captum_that_leaves_it_out(device, seed):
+    net, x = conv_net(seed).eval().to(device), 5 * pictures(device)
+    with torch.no_grad():
+        net[4].weight.mul_(20)  # so that many values are cut off at 6
+        assert 0.05 < (net[:6](x) == 6).float().mean() < 0.5
+    ours = attribution.guided_backprop(net, x, 2)
+    assert agree(ours, GuidedAtReLU6(net).attribute(x, 2))
+    assert not agree(ours, GuidedBackprop(net).attribute(x, 2), 0.01)
+
+
+@pytest.mark.models
+def test_guided_backprop_on_efficientnet_lite0_is_captums_taught_relu6():
+    """All its activations are ReLU6: captum's own guided backpropagation is its plain gradient there."""
+    net = models.load("efficientnet-lite0").eval()
+    x, target = models.transform("efficientnet-lite0")(datasets.load("imagenet-sample"))[13:14], 471  # a cannon
+    assert agree(attribution.guided_backprop(net, x, target), GuidedAtReLU6(net).attribute(x, target))
+    assert agree(attribution.saliency(net, x, target), GuidedBackprop(net).attribute(x, target))
 
 
 def test_smooth_grad_agrees_with_captum_on_the_same_noise():
@@ -415,6 +443,18 @@ def test_gradients_that_keep_less_are_the_same_gradients(device, monkeypatch, se
         expected = torch.autograd.grad(net(x)[:, 1].sum(), x)[0].cpu()
         assert agree(attribution.saliency(net, x, 1), expected, 1e-5)
     assert used
+
+
+def test_a_batch_norm_without_running_statistics_takes_those_of_the_batch():
+    """On 2^19 numbers, from which on gradients keep less."""
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(4, track_running_stats=False)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, 2), norm, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    net = net.eval().requires_grad_(False)
+    x = torch.randn(4, 3, 210, 210).requires_grad_()
+    assert x.numel() >= attribution._autograd._WORTH
+    expected = torch.autograd.grad(net(x)[:, 1].sum(), x)[0]
+    assert agree(attribution.saliency(net, x.detach(), 1), expected, 1e-5)
 
 
 def test_smooth_grad_without_noise_is_saliency():

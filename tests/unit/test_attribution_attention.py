@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -82,6 +84,16 @@ def test_a_transformers_model_is_asked_for_its_attentions(device):
     named = [n for n, m in net.named_modules() if type(m).__name__ == "ViTAttention"]
     assert len(named) == 3
     torch.testing.assert_close(attention_rollout(net, inputs, layers=named, token=0), rollout)
+
+
+@pytest.mark.parametrize("attentions", [None, (), (torch.ones(1, 1, 2, 2), None)])
+def test_a_model_that_is_asked_for_attentions_and_returns_none_is_refused(attentions):
+    class Asked(nn.Module):
+        def forward(self, x, output_attentions=False):
+            return SimpleNamespace(logits=x, attentions=attentions)
+
+    with pytest.raises(ValueError, match="Asked returned no attentions; name the attention layers"):
+        attention_rollout(Asked(), torch.randn(1, 2, 4))
 
 
 def test_what_is_no_attention_is_refused():

@@ -79,7 +79,7 @@ def test_agrees_with_captum_at_every_layer(device, seed, inplace):
 
 def test_guided_grad_cam_agrees_with_captum():
     net, x = pooled_net(), pictures()
-    net[2], net[4] = nn.ReLU(), nn.ReLU()  # captum's guided backpropagation knows no ReLU6
+    net[2], net[4] = nn.ReLU(), nn.ReLU()  # captum's guided backpropagation leaves a ReLU6 as it is
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="captum")
         theirs = GuidedGradCam(net, net[3]).attribute(x, 2, interpolate_mode="bilinear")
@@ -160,6 +160,20 @@ def test_upsampling_keeps_every_maximum_in_its_cell(place):
         attribution.grad_cam(net, x, 1, layer="3", size=(13, 11)), attribution.upsample(small, (13, 11))
     )
     assert attribution.grad_cam(net, x, 1, layer="3", size=20).shape == (3, 20, 20)
+
+
+@pytest.mark.parametrize("mode", ["nearest", "bilinear", "bicubic"])
+def test_every_mode_of_upsampling_keeps_a_flat_map_flat(mode):
+    large = attribution.upsample(torch.full((2, 3, 4), 0.7), (9, 8), mode=mode)
+    torch.testing.assert_close(large, torch.full((2, 9, 8), 0.7))
+    with pytest.raises(ValueError, match="mode must be"):
+        attribution.upsample(torch.zeros(1, 3, 4), 6, mode="area")
+
+
+def test_upsampling_to_the_nearest_repeats_values():
+    maps = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])
+    large = attribution.upsample(maps, (4, 6), mode="nearest")
+    assert torch.equal(large, maps.repeat_interleave(2, 1).repeat_interleave(3, 2))
 
 
 def test_layers_without_a_map_are_refused():

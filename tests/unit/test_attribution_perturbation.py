@@ -58,10 +58,7 @@ def pair(value: int | tuple[int, int]) -> tuple[int, int]:
 def follow(monkeypatch):
     """Follow windows in pictures of any size, and fail where that was given up."""
     monkeypatch.setattr(_perturbation, "_SMALL", 1)
-    plain = _perturbation._covered
-    monkeypatch.setattr(
-        _perturbation, "_covered", lambda *a: plain(*a) if a[-1] == 1 else pytest.fail("windows were not followed")
-    )
+    monkeypatch.setattr(_perturbation, "_covered", lambda *a: pytest.fail("windows were not followed"))
 
 
 @pytest.mark.parametrize(("window", "stride"), [(4, 4), (5, 3), ((3, 6), (2, 5)), (7, 1), (17, 17), ((17, 20), 5)])
@@ -124,6 +121,60 @@ def test_a_patch_of_a_convolution_is_exact(size, kernel, stride, padding, dilati
         followed = layer(windowed)
         followed = followed.whole() if isinstance(followed, _windows.Windowed) else followed
         torch.testing.assert_close(followed, layer(whole), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("padding", [(2, 0, 0, 0), (0, 0, 3, 0), (1, 4, 2, 0), (3, 3)])
+def test_windows_are_followed_through_padding_on_every_side(follow, padding):
+    """Left, right, above, below: a patch moves with the picture."""
+
+    class Pads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = conv_net()
+
+        def forward(self, x):
+            return self.net(F.pad(x, padding, value=0.5))
+
+    net, x = Pads().eval(), pictures(2, 33, 30)
+    theirs = Occlusion(net).attribute(
+        x, target=1, perturbations_per_eval=8, sliding_window_shapes=(3, 5, 5), strides=(3, 5, 5)
+    )
+    ours = occlusion(net, x, 1, window=5)
+    assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
+
+
+def _shifted(func, x, pad, value=0):
+    """The rule of padding with a wrong sign: the patch moves to the left where the picture moves to the right."""
+    right = _windows._pad(func, x, pad, value)
+    return right.with_patch(right.clean, right.patch, right.top, [max(t - 2 * pad[0], 0) for t in right.left])
+
+
+def _doubled(func, x, *args, **kwargs):
+    right = _windows._elementwise(func, x, *args, **kwargs)
+    return right.with_patch(right.clean, 2 * right.patch, right.top, right.left)
+
+
+@pytest.mark.parametrize(("name", "rule"), [("constant_pad_nd", _shifted), ("sigmoid", _doubled)])
+@pytest.mark.parametrize("size", [20, 33])
+def test_what_was_followed_wrongly_is_found_out_and_run_whole(monkeypatch, name, rule, size):
+    """A rule of one of torch's functions that is wrong: the answer is right all the same."""
+
+    class Fades(nn.Module):
+        def forward(self, x):  # weighs the left edge, far from the middle window
+            return (torch.sigmoid(x) * torch.linspace(1, 0, x.shape[3]) ** 4).mean((2, 3))
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.ZeroPad2d((2, 0, 0, 0)), nn.Conv2d(3, 4, 3), Fades(), nn.Linear(4, 3)).eval()
+    x = pictures(2, size, size)
+    x[:, :, size // 2 - 4 : size // 2 + 4, size // 2 - 4 : size // 2 + 4] = 0  # the middle holds what covers it
+    falls, clean = occlusion(net, x, 1, window=4, per_window=True), net(x)[:, 1].detach()
+    followed, follow = [], _perturbation._followed
+    monkeypatch.setattr(_perturbation, "_SMALL", 1)
+    monkeypatch.setattr(_perturbation, "_followed", lambda *a: followed.append(follow(*a)) or followed[-1])
+    monkeypatch.setitem(_windows._RULES, getattr(torch.ops.aten, name), rule)
+    torch.testing.assert_close(occlusion(net, x, 1, window=4, per_window=True), falls)
+    wrong = (clean[:, None] - torch.stack(followed)).view_as(falls)
+    assert (wrong - falls).abs().max() > 0.1 * falls.abs().max()
 
 
 def test_what_cannot_be_followed_is_run_whole(monkeypatch):

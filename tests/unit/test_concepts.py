@@ -68,6 +68,17 @@ def test_sae_is_sparse_and_reconstructs_sparse_sums_of_more_concepts_than_neuron
     assert (bank.codes > 0).float().mean() < (dense.codes > 0).float().mean(), "the penalty makes it sparse"
 
 
+def test_shifting_all_activations_leaves_the_codes_of_an_sae_and_doubling_doubles_them(device):
+    activations = rand(200, 6)
+    bank = C.factorize(activations.to(device), 4, "sae", steps=100)
+    shifted = C.factorize(activations.to(device) + 8, 4, "sae", steps=100)
+    torch.testing.assert_close(shifted.codes, bank.codes, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(shifted.offset, bank.offset + 8, atol=1e-3, rtol=1e-3)
+    assert (bank.codes > 0).any(1).float().mean() > 0.5, "codes of 0 would agree whatever happened"
+    doubled = C.factorize(2 * activations.to(device), 4, "sae", steps=100)
+    torch.testing.assert_close(doubled.codes, 2 * bank.codes, atol=1e-3, rtol=1e-3)
+
+
 @pytest.mark.parametrize("method", ["nmf", "pca", "kmeans", "sae"])
 def test_encoding_the_activations_gives_the_codes_and_the_seed_decides_everything(method, device):
     activations, options = rand(40, 6).to(device), {"steps": 20} if method == "sae" else {}
@@ -115,9 +126,8 @@ def test_nnls_is_the_minimum_scipy_finds(k, neurons, seed, kind):
             np.testing.assert_allclose(codes, best, atol=1e-7)
 
 
-def test_nnls_in_chunks_is_the_same_and_checks_shapes():
+def test_nnls_takes_no_rows_and_checks_shapes():
     a, w = rand(50, 8), rand(4, 8, seed=1)
-    torch.testing.assert_close(C.nnls(a, w, max_bytes=1000), C.nnls(a, w), rtol=1e-12, atol=1e-12)
     assert C.nnls(rand(0, 8), w).shape == (0, 4)
     with pytest.raises(ValueError, match="same P"):
         C.nnls(a, w[:, :7])
@@ -150,6 +160,21 @@ def test_sobol_of_a_product_is_four_sevenths():
             C.total_sobol(lambda m: m[:, 0], **({"k": 2} | wrong))
     with pytest.raises(ValueError, match="one a mask"):
         C.total_sobol(lambda m: m, 2)
+
+
+def test_the_total_index_is_what_is_left_when_the_others_are_known_not_what_is_lost_when_it_is():
+    # by brute force on a grid: the product of two factors, of which the first also acts alone
+    def score(m):
+        return m[:, 0] * m[:, 1] + m[:, 0]
+
+    middle = (torch.arange(200, dtype=torch.float64) + 0.5) / 200
+    grid = score(torch.cartesian_prod(middle, middle)).reshape(200, 200)  # [first, second]
+    left = torch.stack([grid.var(0, correction=0).mean(), grid.var(1, correction=0).mean()]) / grid.var(correction=0)
+    lost = torch.stack([grid.mean(1).var(correction=0), grid.mean(0).var(correction=0)]) / grid.var(correction=0)
+    found = C.total_sobol(score, 2, n=1024)
+    torch.testing.assert_close(found, left, rtol=0, atol=0.02)
+    assert (left - lost > 0.025).all(), "the two would not tell apart"
+    assert ((found - left).abs() < (found - lost).abs()).all()
 
 
 def linear_case(device):
@@ -282,3 +307,57 @@ def test_bad_codes_and_new_activations():
         full = {"codes": bank.codes, "target": 0} | arguments
         with pytest.raises(error, match=match):
             C.concept_importance(head, full.pop("codes"), bank.dictionary, full.pop("target"), **full)
+
+
+HEADS = {
+    "linear": (lambda: nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)), (6,)),
+    "linear alone, no bias": (lambda: nn.Linear(6, 3, bias=False), (6,)),
+    "relu first": (lambda: nn.Sequential(nn.ReLU(), nn.Linear(6, 3)), (6,)),
+    "convolution that pads": (lambda: nn.Sequential(nn.Conv2d(6, 4, 3, padding=1), nn.ReLU(), nn.Flatten()), (6, 4, 4)),
+    "convolution": (lambda: nn.Sequential(nn.Conv2d(6, 4, 3, stride=2), nn.ReLU(), nn.Flatten()), (6, 5, 5)),
+    "groups": (lambda: nn.Sequential(nn.Conv2d(6, 6, 3, groups=2, padding=1), nn.Flatten()), (6, 4, 4)),
+    "mean first": (lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3)), (6, 4, 4)),
+    "tokens": (lambda: nn.Sequential(nn.Linear(6, 5), nn.GELU(), nn.Flatten()), (7, 6)),
+    "no layer": (lambda: nn.Sequential(), (6,)),
+}
+
+
+@pytest.mark.parametrize("method", ["nmf", "pca"])
+@pytest.mark.parametrize("name", HEADS)
+def test_the_head_on_codes_is_the_head_after_decoding(name, method, device):
+    build, shape = HEADS[name]
+    torch.manual_seed(0)
+    head, activations = build().to(device).eval(), rand(9, *shape).to(device)
+    bank = C.factorize(activations, 3, method)
+    state = {n: v.clone() for n, v in head.state_dict().items()}
+    on_codes = C.head_on_codes(head, bank)
+    codes = bank.codes.to(device)
+    torch.testing.assert_close(on_codes(codes), head(bank.decode(codes)), rtol=1e-4, atol=1e-5)
+    given = C.head_on_codes(head, bank.dictionary, bank.offset)
+    assert torch.equal(given(codes), on_codes(codes)), "a factorization brings its offset along"
+    assert all(torch.equal(v, state[n]) for n, v in head.state_dict().items())
+    assert not on_codes.training and not any(m.training for m in on_codes.modules())
+
+
+def test_the_dictionary_goes_into_the_first_layer_and_the_rest_is_shared():
+    head = nn.Sequential(nn.Conv2d(6, 4, 3, padding=1), nn.ReLU(), nn.Dropout(0.5), nn.Flatten()).train()
+    on_codes = C.head_on_codes(head, rand(3, 6))
+    assert on_codes[0].weight.shape == (4, 3, 3, 3) and on_codes[0].in_channels == 3 and head[0].in_channels == 6
+    assert on_codes[1] is head[1] and on_codes[2] is head[2] and on_codes.training and head[2].training
+    logits = C.head_on_codes(nn.Linear(6, 2), rand(3, 6))
+    importance = C.concept_importance(logits, rand(4, 3), torch.eye(3), 0, method="ablation")
+    direct = C.concept_importance(nn.Linear(6, 2), rand(4, 3), rand(3, 6), 0, method="ablation")
+    assert importance.shape == direct.shape == (3,)
+
+
+@pytest.mark.parametrize("head, dictionary, offset, error, match", [
+    (nn.Linear(6, 2), rand(3, 5), None, ValueError, "5 neurons, the head's first layer takes 6"),
+    (nn.Linear(6, 2), rand(6), None, ValueError, "dictionary must be"),
+    (nn.Linear(6, 2), rand(3, 6), rand(5), ValueError, "offset"),
+    (nn.Linear(6, 2), rand(3, 6) * torch.nan, None, NotFinite, "dictionary"),
+    (nn.Linear(6, 2), [[1.0]], None, TypeError, "dictionary"),
+    (lambda a: a, rand(3, 6), None, TypeError, "decode the codes before it"),
+])  # fmt: skip
+def test_what_is_no_head_on_codes(head, dictionary, offset, error, match):
+    with pytest.raises(error, match=match):
+        C.head_on_codes(head, dictionary, offset)

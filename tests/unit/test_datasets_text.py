@@ -8,9 +8,9 @@ from collections import Counter
 
 import pytest
 
-from nbkit import datasets
+from nbkit import datasets, recipes
 
-RECIPE = "_roff"
+RECIPE = "sets/_roff.py"
 
 
 @pytest.fixture(scope="module")
@@ -124,9 +124,8 @@ def test_sections_by_heading(recipe):
         recipe.unescape(r"\[no such character]")
 
 
-def test_related_pages_are_found_under_any_of_their_names(recipe):
-    import manpages  # beside the recipes
-
+def test_related_pages_are_found_under_any_of_their_names():
+    manpages = recipes.load("sets/manpages.py")
     source = ".TH a 3\n.SH NAME\na, b \\- does\n.SH SEE ALSO\n.BR b (3),\n.BR c (3),\n.BR t (3),\n.BR ls (1)"
     found = manpages.record("a.3", source, {"a.3": source, "d.2": "", "t.3type": ""}, {"b.3": "a.3", "c.3": "d.2"})
     assert found["query"] == "does" and found["related"] == ["d.2", "t.3type"]
@@ -145,17 +144,13 @@ def test_related_pages_are_found_under_any_of_their_names(recipe):
         ('as in "make strides"; "big strides"', 'as in "make strides"', ["big strides"]),
     ],
 )
-def test_glosses_are_definitions_and_examples(recipe, gloss, definition, examples):
-    import wordnet  # beside the recipes
-
-    assert wordnet.split_gloss(gloss) == (definition, examples)
+def test_glosses_are_definitions_and_examples(gloss, definition, examples):
+    assert recipes.load("sets/wordnet.py").split_gloss(gloss) == (definition, examples)
 
 
-def test_a_synset_line(recipe):
-    import wordnet  # beside the recipes
-
-    gloss = 'in great numbers; "daffodils galore"  \n'
-    assert wordnet.synset(f"00000001 00 s 02 galore(ip) 0 in_plenty 1 001 & 00000002 a 0000 | {gloss}") == {
+def test_a_synset_line():
+    line = '00000001 00 s 02 galore(ip) 0 in_plenty 1 001 & 00000002 a 0000 | in great numbers; "daffodils galore"  \n'
+    assert recipes.load("sets/wordnet.py").synset(line) == {
         "words": ["galore", "in plenty"],
         "part": "adjective",
         "definition": "in great numbers",
@@ -163,12 +158,10 @@ def test_a_synset_line(recipe):
     }
 
 
-def test_a_debian_package_is_read_with_its_links_and_refused_when_it_is_another(recipe, tmp_path, monkeypatch):
+def test_a_debian_package_is_read_with_its_links_and_refused_when_it_is_another(tmp_path, monkeypatch):
     """apt and dpkg-deb are stood in for: the "package" is a tar file."""
     import hashlib
     import tarfile
-
-    import _recipe
 
     tree = tmp_path / "tree"
     (tree / "man" / "man3").mkdir(parents=True)
@@ -184,8 +177,8 @@ def test_a_debian_package_is_read_with_its_links_and_refused_when_it_is_another(
             assert cwd_path.is_dir() and command[-1] == "x=1.0"
         return subprocess.CompletedProcess(command, 0, stdout=data)
 
-    monkeypatch.setattr(_recipe.subprocess, "run", client)
-    files, links = _recipe.from_deb("x", "1.0", hashlib.sha256(data).hexdigest())
+    monkeypatch.setattr(recipes.subprocess, "run", client)
+    files, links = recipes.from_deb("x", "1.0", hashlib.sha256(data).hexdigest())
     assert files == {"man/man3/a.3": b"page"} and links == {"man/man3/b.3": "man/man3/a.3"}
     with pytest.raises(SystemExit, match=r"x 1\.0: SHA-256 is"):
-        _recipe.from_deb("x", "1.0", "0" * 64)
+        recipes.from_deb("x", "1.0", "0" * 64)

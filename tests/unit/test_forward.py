@@ -31,6 +31,7 @@ def test_logits_are_found_in_what_models_return():
 
 @pytest.mark.parametrize("target, error, match", [
     (3, IndexError, "classes 0 to 2"), (-1, IndexError, "classes 0 to 2"), (torch.tensor([0]), ValueError, r"\[2\]"),
+    (torch.tensor([0, 5]), IndexError, "target 5 is out of range; the model has classes 0 to 2"),
     (0.5, TypeError, "target must be"), (torch.tensor([0.0, 1.0]), TypeError, "ints"),
     (lambda o: o, ValueError, r"\[N\]"), (True, TypeError, "target must be"),
 ])  # fmt: skip

@@ -246,6 +246,24 @@ def test_a_mask_over_a_map_may_be_a_list_or_an_array(maps):
         assert (acts["1"] == 0).all(1).all(0).tolist() == mask.tolist()
 
 
+def test_an_edit_may_name_the_axis_that_counts_neurons(device):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv1d(3, 8, 3, padding=1), nn.Tanh()).to(device), torch.randn(2, 3, 18, device=device)
+    plain = model(x).detach()
+    channel, place = plain.clone(), plain.clone()
+    channel[:, 5], place[:, :, 5] = 0, 0
+    for one, expected in ((zero(5), place), (zero(5, axis=1), channel), (zero(5, axis=-2), channel),
+                          (scale(5, 0.0, axis=1), channel), (clamp(5, axis=1), channel),
+                          (replace(torch.zeros(1), 5, axis=1), channel)):  # fmt: skip
+        with edit(model, {"1": one}):
+            assert torch.equal(model(x), expected), one
+    with edit(model, {"1": zero(5, positions=slice(4, None), axis=1)}):
+        assert torch.equal(model(x), torch.cat([plain[..., :4], channel[..., 4:]], -1))
+    for wrong, error in ((0, IndexError), (3, IndexError), (-3, IndexError), ("1", TypeError)):
+        with pytest.raises(error, match="axis"), edit(model, {"1": zero(5, axis=wrong)}):
+            model(x)
+
+
 @pytest.mark.parametrize("shape", ["whole", "row"])
 def test_an_in_place_activation_does_not_write_into_a_replacement(device, shape):
     model, x = conv_net(inplace=True).to(device), torch.randn(2, 1, 6, 6, device=device)

@@ -13,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import kendalltau, spearmanr
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+from sklearn.compose import ColumnTransformer, TransformedTargetRegressor, make_column_selector
 from sklearn.datasets import load_breast_cancer
 from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassifier
+from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.feature_selection import SelectKBest
 from sklearn.inspection import permutation_importance
 from sklearn.linear_model import LinearRegression, LogisticRegression
@@ -156,6 +158,23 @@ def test_a_wide_first_layer_updated_instead_of_run_gives_the_same(device, wide_f
         run = importance.permutation(Opaque(), rows, y, **asked)
         np.testing.assert_allclose(updated.values, run.values, atol=1e-6)
         assert np.abs(run.values).max() > 1e-3
+
+
+@pytest.mark.parametrize("before", [[], [nn.Identity()], [nn.Flatten()]], ids=["plain", "identity", "flatten"])
+@pytest.mark.parametrize("features", [64, 63])
+def test_only_a_wide_first_layer_is_run_once_for_all_shuffles(monkeypatch, before, features):
+    X, net = table(60, features), mlp(features, 3)
+    y, ran = np.random.default_rng(1).integers(0, 3, len(X)), []
+
+    def counted(layer, rows, forward=nn.Linear.forward):
+        ran.extend([layer] * len(rows))
+        return forward(layer, rows)
+
+    monkeypatch.setattr(nn.Linear, "forward", counted)
+    importance.permutation(nn.Sequential(*before, *net), X, y, n_repeats=2)
+    first, last = ran.count(net[0]), ran.count(net[2])
+    assert last > features * len(X)
+    assert first == 1 + len(X) if features == 64 else first == last  # one row ahead, to see whether it runs at all
 
 
 def test_a_hook_on_the_first_layer_still_counts():
@@ -344,6 +363,94 @@ def test_drop_column_on_held_out_rows_spreads_over_workers():
         importance.drop_column(lambda rows: rows, X, y)
     with pytest.raises(ValueError, match="validation has the columns"):
         importance.drop_column(LinearRegression(), X, y, validation=(X[:, :3], y))
+
+
+# ---- tables with columns of text
+
+
+@pytest.fixture(scope="module")
+def people():
+    """Two columns of text, two of numbers and a note nobody needs; the target is 3 for men plus the age."""
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame({"sex": rng.choice(["F", "M"], 120), "site": rng.choice(["a", "b", "c"], 120)})
+    frame = frame.assign(age=rng.normal(size=120), height=rng.normal(size=120))
+    return frame, 3.0 * (frame["sex"] == "M") + frame["age"]
+
+
+def encoded(*, text, numbers, **rest):
+    """A linear model behind a ColumnTransformer that is told its columns."""
+    columns = [("text", OneHotEncoder(), text), ("numbers", StandardScaler(), numbers)]
+    return make_pipeline(ColumnTransformer(columns, **rest), LinearRegression())
+
+
+BY_NAME = {"text": ["sex", "site"], "numbers": ["age", "height"]}
+
+
+def test_a_column_transformer_by_name_is_refitted_with_the_names_that_are_left(people):
+    X, y = people
+    model, folds = encoded(**BY_NAME), KFold(4)
+    found = importance.drop_column(model, X, y, cv=folds)
+    by_hand = {
+        "sex": encoded(text=["site"], numbers=["age", "height"]),
+        "site": encoded(text=["sex"], numbers=["age", "height"]),
+        "age": encoded(text=["sex", "site"], numbers=["height"]),
+        "height": encoded(text=["sex", "site"], numbers=["age"]),
+    }
+    whole = cross_val_score(model, X, y, cv=folds)
+    for losses, (left_out, without) in zip(found.values, by_hand.items(), strict=True):
+        scores = cross_val_score(without, X.drop(columns=left_out), y, cv=folds)
+        np.testing.assert_allclose(losses, whole - scores, atol=1e-12)
+    assert found.feature_names == list(by_hand)
+    chosen = importance.forward_selection(model, X, y, max_features=2)
+    assert chosen.selected == ["sex", "age"]
+    assert model.get_params()["columntransformer"].transformers[0][2] == ["sex", "site"]  # the caller's is untouched
+
+
+def by_type():
+    numbers, text = make_column_selector(dtype_include="number"), make_column_selector(dtype_exclude="number")
+    return encoded(text=text, numbers=numbers)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        by_type(),
+        encoded(text=np.array(["sex", "site"]), numbers=["age", "height"]),
+        GridSearchCV(encoded(**BY_NAME), {"linearregression__fit_intercept": [True]}, cv=2),
+        TransformedTargetRegressor(encoded(**BY_NAME)),
+        encoded(text=["sex", "site"], numbers=["age"], remainder="passthrough"),
+    ],
+    ids=["selector", "array", "search", "target", "remainder"],
+)
+def test_names_are_found_however_they_are_given_and_wherever_they_stand(people, model):
+    X, y = people
+    expected = importance.drop_column(encoded(**BY_NAME), X, y, cv=3)
+    np.testing.assert_allclose(importance.drop_column(model, X, y, cv=3).values, expected.values, atol=1e-9)
+    assert importance.forward_selection(model, X, y).selected[:2] == ["sex", "age"]
+
+
+def test_a_column_that_a_step_takes_alone_goes_with_its_step(people):
+    X, y = people
+    words = ColumnTransformer([("words", CountVectorizer(analyzer="char"), "sex")], remainder=OneHotEncoder())
+    model = make_pipeline(words, LinearRegression())
+    found = importance.drop_column(model, X[["sex", "site"]], y, cv=3)
+    without = cross_val_score(make_pipeline(OneHotEncoder(), LinearRegression()), X[["site"]], y, cv=3)
+    np.testing.assert_allclose(found.baseline - found.values[0], without, atol=1e-9)
+
+
+def test_a_column_transformer_that_cannot_lose_a_column_says_so(people):
+    X, y = people
+    for by_position in (
+        {"text": [0, 1], "numbers": ["age", "height"]},
+        {"text": ["sex", "site"], "numbers": slice(2, 4)},
+        {"text": [True, True, False, False], "numbers": ["age", "height"]},
+    ):
+        with pytest.raises(ValueError, match="by position .*name them, or use make_column_selector"):
+            importance.drop_column(encoded(**by_position), X, y)
+    lacking = encoded(text=["sex"], numbers=["age"])
+    assert (importance.drop_column(lacking, X, y, cv=3).values[[1, 3]] == 0).all()  # it never saw site and height
+    with pytest.raises(ValueError, match=r"takes none of the columns \['height'\]; leave out of X"):
+        importance.forward_selection(lacking, X, y)
 
 
 # ---- native

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from nbkit import models, weights
+from nbkit import models, recipes, weights
 from nbkit.errors import DownloadError, NotFinite, UnknownName
 from nbkit.models import _convert, _trained
 
@@ -29,16 +29,20 @@ def transform() -> models.ImageTransform:
 
 @pytest.fixture
 def checkpoints(tmp_path, monkeypatch):
-    """A data folder with three tiny checkpoints of two data sets."""
-    for stem, seed, dataset in (("small-cnn", 0, "fashion-mnist"), ("small-cnn", 1, "fashion-mnist"),
-                                ("small-cnn-textile", 0, "textile")):  # fmt: skip
+    """A data folder with tiny checkpoints of three data sets, in variants of two of them."""
+    for stem, seed, dataset, variant in (
+        ("small-cnn", 0, "fashion-mnist", None), ("small-cnn", 1, "fashion-mnist", None),
+        ("small-cnn-wide", 3, "fashion-mnist", "wide"), ("small-cnn-textile", 0, "textile", None),
+        ("small-cnn-mnist-deep", 0, "mnist", "deep"), ("small-cnn-mnist-wide", 0, "mnist", "wide"),
+    ):  # fmt: skip
         config = {"widths": [2, 3], "classes": 4}
         model = models.build("small-cnn", seed=seed, **config)
-        facts = {"dataset": dataset, "accuracy": 0.5 + seed / 10, "seconds": 1.5, "recipe": "data/recipes/toy.py",
+        facts = {"dataset": dataset, "accuracy": 0.5 + seed / 10, "seconds": 1.5, "recipe": "data/models/toy.py",
                  "classes": [f"{dataset} {i}" for i in range(4)]}  # fmt: skip
-        path = tmp_path / "checkpoints" / f"{stem}-seed{seed}.safetensors"
+        facts |= {"variant": variant} if variant else {}
+        path = tmp_path / "models" / f"{stem}-seed{seed}.safetensors"
         models.save_checkpoint(path, model, "small-cnn", config, **facts)
-    (tmp_path / "checkpoints" / "notes-seed0.safetensors").write_bytes(b"of no architecture")
+    (tmp_path / "models" / "notes-seed0.safetensors").write_bytes(b"of no architecture")
     monkeypatch.setattr(_trained, "data_dir", lambda: tmp_path)
 
 
@@ -146,6 +150,20 @@ def test_a_checkpoint_is_chosen_by_seed_and_data_set(checkpoints, device):
     assert _trained.choose("small-cnn", dataset="textile").path.name == "small-cnn-textile-seed0.safetensors"
 
 
+def test_a_checkpoint_is_chosen_by_variant(checkpoints):
+    assert _trained.choose("small-cnn").variant is None
+    assert _trained.choose("small-cnn", variant="wide", seed=3).path.name == "small-cnn-wide-seed3.safetensors"
+    deep = _trained.choose("small-cnn", dataset="mnist", variant="deep")
+    assert deep.path.name == "small-cnn-mnist-deep-seed0.safetensors"
+    assert "variant='wide', seed=3" in models.about("small-cnn").notes
+    with pytest.raises(UnknownName, match=r"comes in variants: say which of \['deep', 'wide'\]"):
+        models.load("small-cnn", dataset="mnist")
+    with pytest.raises(UnknownName, match="no variant 'wdie' of small-cnn trained on .*; did you mean 'wide'"):
+        models.load("small-cnn", variant="wdie")
+    with pytest.raises(ValueError, match=r"variant 'wide', with seed 0; there are seeds \[3\]"):
+        models.load("small-cnn", variant="wide")
+
+
 def test_a_trained_network_carries_its_labels(checkpoints):
     assert models.labels("small-cnn")[0] == "fashion-mnist 0"
     assert models.labels("small-cnn", dataset="textile")[3] == "textile 3"
@@ -166,7 +184,7 @@ def test_about_a_trained_network_tells_its_figures(checkpoints):
     assert torch.equal(before, torch.random.get_rng_state())
     assert card.parameters == sum(p.numel() for p in models.load("small-cnn").parameters())
     assert card.figures["accuracy"] == 0.6 and card.figures["seconds"] == 1.5
-    assert "data/recipes/toy.py" in card.source and "accuracy 0.6" in card._repr_html_()
+    assert "data/models/toy.py" in card.source and "accuracy 0.6" in card._repr_html_()
 
 
 def test_about_draws_no_random_numbers_and_does_not_load_the_compiler():
@@ -195,10 +213,24 @@ def test_about_a_pretrained_model_needs_no_download(name, tmp_path, monkeypatch)
 
 def test_the_shipped_checkpoints_load_and_say_how_they_were_trained():
     for checkpoint in _trained.checkpoints():
-        model = models.load(checkpoint.name, seed=checkpoint.seed, dataset=checkpoint.dataset)
-        card = models.about(checkpoint.name, seed=checkpoint.seed, dataset=checkpoint.dataset)
+        which = {"seed": checkpoint.seed, "dataset": checkpoint.dataset, "variant": checkpoint.variant}
+        model, card = models.load(checkpoint.name, **which), models.about(checkpoint.name, **which)
         assert card.parameters == sum(p.numel() for p in model.parameters())
         assert checkpoint.dataset and card.figures
+        named = [checkpoint.name, checkpoint.dataset, checkpoint.variant, f"seed{checkpoint.seed}"]
+        parts = [p for p in named if p and (p != "fashion-mnist" or p in checkpoint.path.stem)]
+        assert checkpoint.path.stem == "-".join(parts)
+
+
+def test_every_shipped_checkpoint_has_a_plan_of_its_configuration():
+    train = recipes.load("models/train.py")
+    shipped = {c.path.stem: c for c in models.checkpoints()}
+    assert set(shipped) == set(train.NAMES)
+    for stem, (plan, seed) in train.NAMES.items():
+        facts = shipped[stem].facts
+        assert (facts["architecture"], facts["config"], facts["seed"]) == (plan.name, plan.config, seed)
+        assert facts.get("variant") == plan.variant
+        assert facts["recipe"] == "data/models/train.py"
 
 
 def test_imagenet_labels_are_a_thousand_different_names():

@@ -76,7 +76,7 @@ def test_by_hand(device):
     assert neurons.gradient_x_activation(model, x, 0, layer="1").tolist() == [[15, 0], [12, 5]]
     assert neurons.ablation_effect(model, x, 0, layer="1").tolist() == [[-15, 0], [-12, -5]]
     assert neurons.ablation_effect(model, x, 0, layer="1", value=1.0).tolist() == [[-12, 5], [-9, 0]]
-    grads = neurons.input_gradients(model, x, "1")
+    grads = neurons.input_gradients(model, x, layer="1")
     assert grads.tolist() == [[[1, 2], [0, 0]], [[1, 2], [1, -1]]]
 
 
@@ -270,10 +270,10 @@ def test_input_gradients_equal_a_loop(device, name, layer, positions, select, ma
     model, x = MODELS[name][0](device)
     model.eval()
     expected = loop_of_gradients(model, x, layer, select)
-    found = neurons.input_gradients(model, x, layer, positions=positions, max_bytes=max_bytes)
+    found = neurons.input_gradients(model, x, layer=layer, positions=positions, max_bytes=max_bytes)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
     some = [2, 1]
-    found = neurons.input_gradients(model, x, layer, some, positions=positions)
+    found = neurons.input_gradients(model, x, layer=layer, neurons=some, positions=positions)
     torch.testing.assert_close(found, expected[:, some], rtol=1e-4, atol=1e-6)
 
 
@@ -282,7 +282,7 @@ def test_input_gradients_agree_with_captum(device):
     captum = pytest.importorskip("captum.attr")
     model, x = tokens(device)
     model.eval()
-    found = neurons.input_gradients(model, x, "act")
+    found = neurons.input_gradients(model, x, layer="act")
     theirs = captum.NeuronGradient(model, model.act)
     for k in range(10):
         torch.testing.assert_close(found[:, k], theirs.attribute(x, (0, k)).detach().cpu(), rtol=1e-4, atol=1e-6)
@@ -292,10 +292,10 @@ def test_hidden_units_take_as_many_backward_passes_as_the_linear_has_inputs(devi
     model, x = tokens(device)  # 10 hidden units from 6 numbers
     rows = []
     model.embed.register_full_backward_hook(lambda _, __, grads: rows.append(grads[0].flatten(1).any(1).sum().item()))
-    neurons.input_gradients(model, x[:1], "act")
+    neurons.input_gradients(model, x[:1], layer="act")
     assert sum(rows) == 6
     rows.clear()
-    neurons.input_gradients(model, x[:1], "act", [0, 1, 2])  # 3 units: their own gradients are fewer
+    neurons.input_gradients(model, x[:1], layer="act", neurons=[0, 1, 2])  # 3 units: their own gradients are fewer
     assert sum(rows) == 3
 
 
@@ -305,7 +305,7 @@ def test_the_linear_shortcut_knows_elementwise_functions_from_others(device, act
     model.act = act.to(device)
     model.eval()
     expected = loop_of_gradients(model, x, "act", lambda v: v[:, 0])
-    torch.testing.assert_close(neurons.input_gradients(model, x, "act"), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(neurons.input_gradients(model, x, layer="act"), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_the_linear_shortcut_sees_an_edit_between(device):
@@ -314,7 +314,7 @@ def test_the_linear_shortcut_sees_an_edit_between(device):
     for where in ("fc1", "act"):
         with hooks.edit(model, {where: hooks.scale([0, 4], 3.0)}):
             expected = loop_of_gradients(model, x, "act", lambda v: v[:, 0])
-            torch.testing.assert_close(neurons.input_gradients(model, x, "act"), expected, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(neurons.input_gradients(model, x, layer="act"), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_input_gradients_of_one_tensor_of_a_dict(device):
@@ -328,13 +328,13 @@ def test_input_gradients_of_one_tensor_of_a_dict(device):
 
     model, x = Named().to(device), torch.randn(2, 5, 4, device=device)
     keep = torch.tensor([[1, 1, 1, 0, 1], [1, 0, 1, 1, 1]], device=device)
-    found = neurons.input_gradients(model, {"x": x, "keep": keep}, "body.act")
+    found = neurons.input_gradients(model, {"x": x, "keep": keep}, layer="body.act")
     assert found.shape == (2, 10, 5, 4)
     assert (found.abs().sum((1, 3)) == 0).tolist() == (keep == 0).tolist()
     two = {"x": x, "keep": keep.float()}
     with pytest.raises(ValueError, match="say which with wrt="):
-        neurons.input_gradients(model, two, "body.act")
-    assert torch.equal(neurons.input_gradients(model, two, "body.act", wrt="x"), found)
+        neurons.input_gradients(model, two, layer="body.act")
+    assert torch.equal(neurons.input_gradients(model, two, layer="body.act", wrt="x"), found)
     both = neurons.conductance(model, two, 0, layer="body.act", wrt="x", steps=4)
     torch.testing.assert_close(both, neurons.conductance(model, {"x": x, "keep": keep}, 0, layer="body.act", steps=4))
 
@@ -352,7 +352,7 @@ CALLS = {
     "gradient_x_activation": of_class(neurons.gradient_x_activation),
     "conductance": of_class(neurons.conductance, steps=3),
     "ablation_effect": of_class(neurons.ablation_effect),
-    "input_gradients": lambda model, x, layer="act", **options: neurons.input_gradients(model, x, layer, **options),
+    "input_gradients": lambda model, x, layer="act", **kw: neurons.input_gradients(model, x, layer=layer, **kw),
 }
 
 
@@ -432,7 +432,7 @@ def test_bad_options(device):
     with pytest.raises(IndexError, match="neuron 10 is out of range"):
         neurons.ablation_effect(model, x, layer="act", neurons=[10])
     with pytest.raises(IndexError, match="neuron 10 is out of range"):
-        neurons.input_gradients(model, x, "act", [10])
+        neurons.input_gradients(model, x, layer="act", neurons=[10])
     with pytest.raises(ValueError, match="one a chosen neuron"):
         neurons.ablation_effect(model, x, layer="act", value=torch.zeros(3))
     with pytest.raises(NotFinite):
@@ -440,8 +440,8 @@ def test_bad_options(device):
     with pytest.raises(ValueError, match="no neuron"):
         neurons.ablation_effect(model, x, layer="act", neurons=[])
     with pytest.raises(ValueError, match="max_bytes"):
-        neurons.input_gradients(model, x, "act", max_bytes=0)
+        neurons.input_gradients(model, x, layer="act", max_bytes=0)
     with pytest.raises(ValueError, match="no neuron"):
-        neurons.input_gradients(model, x, "act", [])
+        neurons.input_gradients(model, x, layer="act", neurons=[])
     with pytest.raises(TypeError, match="must be floating"):
-        neurons.input_gradients(nn.Sequential(nn.Embedding(4, 3)), torch.tensor([[0, 1]]), "0")
+        neurons.input_gradients(nn.Sequential(nn.Embedding(4, 3)), torch.tensor([[0, 1]]), layer="0")

@@ -164,7 +164,7 @@ def plain_search(model, x, labels, layers, steps):
 def test_search_is_the_papers_step_by_step(device, reuse):
     model, x = tiny_vit(device)
     labels = torch.tensor([2, 0, 1], device=device)
-    found = neurons.neuron_path(model, x, labels, ACTS, steps=6, reuse=reuse)
+    found = neurons.neuron_path(model, x, labels, layers=ACTS, steps=6, reuse=reuse)
     for i in range(len(x)):
         path, scores, joint = plain_search(model, x[i : i + 1], labels[i].item(), list(found.layers), 6)
         assert found.path[i].tolist() == path
@@ -175,7 +175,7 @@ def test_search_is_the_papers_step_by_step(device, reuse):
 def test_final_score_of_every_path_and_greedy_below_the_best(device):
     model, x = tiny_vit(device, seed=3, depth=2, hidden=4)
     x = x[:1]
-    found = neurons.neuron_path(model, x, 1, ACTS, steps=10)
+    found = neurons.neuron_path(model, x, 1, layers=ACTS, steps=10)
     every = torch.tensor(list(itertools.product(range(4), repeat=2)))
     copies = x.expand(len(every), -1, -1)
     together = neurons.joint_attribution(model, copies, every, 1, layers=ACTS, steps=10)
@@ -189,7 +189,7 @@ def test_final_score_of_every_path_and_greedy_below_the_best(device):
 def test_single_layer_ranks_by_integrated_gradients_of_the_row(device):
     model, x = tiny_vit(device)
     layer, m = "blocks.1.act", 5
-    found = neurons.neuron_path(model, x, 0, [layer], steps=m, top_k=12)
+    found = neurons.neuron_path(model, x, 0, layers=[layer], steps=m, top_k=12)
     w = neurons.activation(model, x, layer=layer, positions=0)
     slope = 0
     for k in range(m):
@@ -215,8 +215,8 @@ def test_resumed_search_equals_the_plain_one(device, seed, depth, steps, top_k, 
     model, x = tiny_vit(device, seed, depth=depth, skip=skip)
     model, x = model.double(), x[:2].double()
     options = {"steps": steps, "top_k": top_k, "positions": positions}
-    fast = neurons.neuron_path(model, x, None, ACTS, max_bytes=max_bytes, **options)
-    plain = neurons.neuron_path(model, x, None, ACTS, reuse=False, **options)
+    fast = neurons.neuron_path(model, x, None, layers=ACTS, max_bytes=max_bytes, **options)
+    plain = neurons.neuron_path(model, x, None, layers=ACTS, reuse=False, **options)
     scale = plain.scores.abs().max().item()
     assert torch.equal(fast.path, plain.path)
     torch.testing.assert_close(fast.scores, plain.scores, rtol=1e-8, atol=1e-10 * scale)
@@ -229,7 +229,7 @@ def test_resumed_search_skips_the_blocks_before(device):
     for reuse in (True, False):
         for block in model.blocks:
             block.calls = 0
-        neurons.neuron_path(model, x, 0, ACTS, reuse=reuse)
+        neurons.neuron_path(model, x, 0, layers=ACTS, reuse=reuse)
         counts[reuse] = [block.calls for block in model.blocks]
     # three looks at the clean input; then every block in every stage and for the joint score, or block b only in
     # stages 0 to b, in the forward-mode pass to its layer and in the one on from it
@@ -314,7 +314,7 @@ def test_resumed_equals_plain_on_other_architectures(device, name):
     model, x = model.to(device), x.to(device)
     for steps in (4, 5):  # length-first: 2 inputs at 4 steps are as many rows as there are tokens
         fast, plain = (
-            neurons.neuron_path(model, x, None, layers, steps=steps, positions=positions, reuse=reuse)
+            neurons.neuron_path(model, x, None, layers=layers, steps=steps, positions=positions, reuse=reuse)
             for reuse in (True, False)
         )
         assert torch.equal(fast.path, plain.path)
@@ -337,7 +337,7 @@ def test_unclear_layout_is_noticed(device):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_passes.Resume, "_meet", watched)
-        neurons.neuron_path(model, x, None, layers, steps=4)
+        neurons.neuron_path(model, x, None, layers=layers, steps=4)
     assert seen == [(8, 8, 6)]
 
 
@@ -359,8 +359,8 @@ def test_recomputes_with_a_warning_where_there_is_no_forward_derivative(device):
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), Odd(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 2)).to(device)
     x = torch.randn(2, 4, device=device)
     with pytest.warns(UserWarning, match="recomputing every step"):
-        found = neurons.neuron_path(model, x, 0, ["1", "4"])
-    plain = neurons.neuron_path(model, x, 0, ["1", "4"], reuse=False)
+        found = neurons.neuron_path(model, x, 0, layers=["1", "4"])
+    plain = neurons.neuron_path(model, x, 0, layers=["1", "4"], reuse=False)
     assert torch.equal(found.path, plain.path)
     torch.testing.assert_close(found.joint, plain.joint)
 
@@ -370,7 +370,7 @@ def test_recomputes_with_a_warning_where_there_is_no_forward_derivative(device):
 
 def test_shapes_and_table(device):
     model, x = tiny_vit(device)
-    one, three = (neurons.neuron_path(model, x, 0, ACTS, steps=3, top_k=k) for k in (1, 3))
+    one, three = (neurons.neuron_path(model, x, 0, layers=ACTS, steps=3, top_k=k) for k in (1, 3))
     assert one.path.shape == one.scores.shape == one.activations.shape == (3, 3)
     assert three.path.shape == three.scores.shape == three.activations.shape == (3, 3, 3)
     assert one.joint.shape == three.joint.shape == (3,)
@@ -391,9 +391,9 @@ def test_shapes_and_table(device):
 
 def test_a_search_in_inference_mode_finds_the_same(device):
     model, x = tiny_vit(device)
-    outside = neurons.neuron_path(model, x, 0, ACTS, steps=3)
+    outside = neurons.neuron_path(model, x, 0, layers=ACTS, steps=3)
     with torch.inference_mode():
-        inside = neurons.neuron_path(model, x.clone(), 0, ACTS, steps=3)
+        inside = neurons.neuron_path(model, x.clone(), 0, layers=ACTS, steps=3)
     assert torch.equal(inside.path, outside.path)
     torch.testing.assert_close(inside.joint, outside.joint)
 
@@ -401,9 +401,9 @@ def test_a_search_in_inference_mode_finds_the_same(device):
 def test_inputs_are_independent_of_their_batch(device):
     model, x = tiny_vit(device)
     labels = torch.tensor([0, 2, 1], device=device)
-    together = neurons.neuron_path(model, x, labels, ACTS, steps=5)
+    together = neurons.neuron_path(model, x, labels, layers=ACTS, steps=5)
     for i in range(3):
-        alone = neurons.neuron_path(model, x[i : i + 1], labels[i].item(), ACTS, steps=5)
+        alone = neurons.neuron_path(model, x[i : i + 1], labels[i].item(), layers=ACTS, steps=5)
         assert torch.equal(alone.path[0], together.path[i])
         torch.testing.assert_close(alone.joint[0], together.joint[i], rtol=1e-4, atol=1e-7)
 
@@ -424,7 +424,7 @@ def test_model_comes_back_as_it_was(device, fails):
         return out[:, 0]
 
     try:
-        neurons.neuron_path(model, x, target, ACTS, steps=2)
+        neurons.neuron_path(model, x, target, layers=ACTS, steps=2)
         assert not fails
     except KeyError:
         assert fails
@@ -439,16 +439,16 @@ def test_model_comes_back_as_it_was(device, fails):
 def test_a_search_inside_an_edit_sees_the_edit(device):
     model, x = tiny_vit(device)
     with hooks.edit(model, {"blocks.0.fc2": hooks.scale(None, 2.0), "blocks.1": hooks.scale(None, 0.5)}):
-        fast, plain = (neurons.neuron_path(model, x, 0, ACTS, steps=4, reuse=reuse) for reuse in (True, False))
-    other = neurons.neuron_path(model, x, 0, ACTS, steps=4)
+        fast, plain = (neurons.neuron_path(model, x, 0, layers=ACTS, steps=4, reuse=reuse) for reuse in (True, False))
+    other = neurons.neuron_path(model, x, 0, layers=ACTS, steps=4)
     torch.testing.assert_close(fast.scores, plain.scores, rtol=1e-4, atol=1e-7)
     assert not torch.allclose(fast.scores, other.scores)
 
 
 def test_dict_inputs_and_probability_target(device):
     model, x = tiny_vit(device)
-    by_tensor = neurons.neuron_path(model, x, 1, ACTS, steps=3)
-    by_dict = neurons.neuron_path(model, {"x": x}, lambda out: out.softmax(-1)[:, 1], ACTS, steps=3)
+    by_tensor = neurons.neuron_path(model, x, 1, layers=ACTS, steps=3)
+    by_dict = neurons.neuron_path(model, {"x": x}, lambda out: out.softmax(-1)[:, 1], layers=ACTS, steps=3)
     assert torch.equal(by_tensor.path, by_dict.path)
     torch.testing.assert_close(by_tensor.joint, by_dict.joint)
 
@@ -474,7 +474,7 @@ def test_bad_arguments(device, change, error, text):
     options = {"target": 0, "layers": ACTS, "steps": 3} | change
     target, layers = options.pop("target"), options.pop("layers")
     with pytest.raises(error, match=text):
-        neurons.neuron_path(model, x, target, layers, **options)
+        neurons.neuron_path(model, x, target, layers=layers, **options)
     assert all(not m._forward_hooks and "forward" not in m.__dict__ for m in model.modules())
 
 
@@ -497,18 +497,18 @@ def test_bad_paths(device, path, error, text):
 def test_other_bad_input(device):
     model, x = tiny_vit(device)
     with pytest.raises(NotFinite):
-        neurons.neuron_path(model, x * float("nan"), 0, ACTS)
+        neurons.neuron_path(model, x * float("nan"), 0, layers=ACTS)
     with pytest.raises(ValueError, match="empty"):
-        neurons.neuron_path(model, x[:0], 0, ACTS)
+        neurons.neuron_path(model, x[:0], 0, layers=ACTS)
     model.unused = nn.GELU()
     with pytest.raises(LayerDidNotRun, match="unused"):
-        neurons.neuron_path(model, x, 0, ["blocks.0.act", "unused"])
+        neurons.neuron_path(model, x, 0, layers=["blocks.0.act", "unused"])
     single = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 1)).to(device)
     with pytest.raises(ValueError, match="one output"):
-        neurons.neuron_path(single, torch.randn(2, 4, device=device), None, ["1"])
+        neurons.neuron_path(single, torch.randn(2, 4, device=device), None, layers=["1"])
     conv, images, _, _ = other_models()["conv"]
     with pytest.raises(ValueError, match=r"\(row, column\)"):
-        neurons.neuron_path(conv.to(device), images.to(device), 0, ["net.2"])
+        neurons.neuron_path(conv.to(device), images.to(device), 0, layers=["net.2"])
 
 
 def test_units_cut_a_model_at_its_layers():
@@ -520,3 +520,18 @@ def test_units_cut_a_model_at_its_layers():
     assert "blocks.1.fc1" in cut
     assert "embed" in cut
     assert not {"", "blocks", "blocks.1", "blocks.0.act"}.intersection(cut)
+
+
+def test_a_fault_of_the_model_is_raised_and_not_taken_for_a_missing_derivative(device):
+    model, x = tiny_vit(device)
+    clean = model.blocks[-1].forward
+    calls = iter(range(100))
+
+    def breaks(h):
+        if next(calls) > 3:
+            raise RuntimeError("out of memory on the device")
+        return clean(h)
+
+    model.blocks[-1].forward = breaks
+    with pytest.raises(RuntimeError, match="out of memory"):
+        neurons.neuron_path(model, x, 0, layers=ACTS, steps=3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 
 import nbformat
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from nbkit import notebooks
+from nbkit.notebooks.__main__ import main
 
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -84,14 +86,14 @@ def test_a_failing_cell_is_named_and_leaves_the_file_alone(tmp_path, capsys):
     assert "\x1b[" not in str(error.value)
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["a.ipynb"]
-    assert notebooks.main(["run", str(path)]) == 1
+    assert main(["run", str(path)]) == 1
     assert "ZeroDivisionError" in capsys.readouterr().err
 
 
 def test_a_printed_absolute_path_is_refused(tmp_path, capsys):
     path = stored(tmp_path, "import pathlib; print(pathlib.Path('/home') / 'somebody')")
     before = path.read_bytes()
-    assert notebooks.main(["run", str(path)]) == 1
+    assert main(["run", str(path)]) == 1
     assert "cell 1: an absolute path in its output: /home/somebody" in capsys.readouterr().err
     assert path.read_bytes() == before
 
@@ -141,6 +143,21 @@ def test_metadata_keeps_tags_and_loses_the_rest():
     assert normal.cells[0].metadata == {"tags": ["method"]}
     assert set(normal.metadata) == {"kernelspec", "language_info"}
     assert normal.metadata.kernelspec.name == "python3"
+
+
+def test_a_cell_tagged_hide_input_is_collapsed_and_no_other_one():
+    shown = new_code_cell("x", metadata={"jupyter": {"source_hidden": True, "outputs_hidden": True}})
+    tagged = new_code_cell("y", metadata={"tags": ["hide-input"]})
+    text = new_markdown_cell("z", metadata={"tags": ["hide-input"]})
+    normal = notebooks.normalise(book(shown, tagged, text)).cells
+    assert [cell.metadata.get("jupyter") for cell in normal] == [None, {"source_hidden": True}, None]
+
+
+def test_check_tells_a_cell_that_is_hidden_or_shown_against_its_tag(tmp_path):
+    for tags, jupyter in ([], {"source_hidden": True}), (["hide-input"], {}):
+        cell = new_code_cell("x = 1", execution_count=1, metadata={"tags": tags, "jupyter": jupyter})
+        nbformat.write(book(cell), tmp_path / "a.ipynb")
+        assert "not in normal form" in notebooks.check(tmp_path / "a.ipynb")[0]
 
 
 def test_cell_ids_stay_and_missing_or_doubled_ones_are_made_the_same_way_each_time(tmp_path):
@@ -199,16 +216,57 @@ def test_check_names_cells_never_run_and_files_never_normalised(tmp_path):
     assert notebooks.check(path) == ["cell 1: not executed"]
     nbformat.write(book(new_code_cell("x = 1", execution_count=7)), path)
     assert "not in normal form" in notebooks.check(path)[0]
-    assert notebooks.main(["check", str(tmp_path)]) == 1
+    assert main(["check", str(tmp_path)]) == 1
 
 
 @pytest.mark.parametrize("action", ["run", "check"])
 def test_a_file_that_is_missing_or_no_notebook_gets_a_line(tmp_path, action, capsys):
     (tmp_path / "a.ipynb").write_text("not json")
-    assert notebooks.main([action, str(tmp_path / "a.ipynb"), str(tmp_path / "b.ipynb")]) == 2
+    assert main([action, str(tmp_path / "a.ipynb"), str(tmp_path / "b.ipynb")]) == 2
     assert capsys.readouterr().err == f"there is no {tmp_path / 'b.ipynb'}\n"
-    assert notebooks.main([action, str(tmp_path / "a.ipynb")]) == 1
+    assert main([action, str(tmp_path / "a.ipynb")]) == 1
     assert "a.ipynb is not a notebook" in capsys.readouterr().err
+
+
+def test_a_good_run_says_how_long_it_took_and_returns_0(tmp_path, capsys):
+    path = stored(tmp_path, "x = 1")
+    assert main(["run", str(path)]) == 0
+    assert re.fullmatch(rf"{re.escape(str(path))}: \d+\.\d s, \d+ KB\n", capsys.readouterr().out)
+    assert main(["check", str(path)]) == 0
+    assert capsys.readouterr().out == "1 of 1 notebooks in normal form\n"
+
+
+def test_one_bad_notebook_among_good_ones_returns_1(tmp_path, capsys):
+    nbformat.write(notebooks.normalise(book(new_code_cell("x = 1"))), tmp_path / "good.ipynb")
+    stored(tmp_path, "1 +", name="bad.ipynb")
+    assert main(["check", str(tmp_path)]) == 1
+    assert capsys.readouterr().out == "1 of 2 notebooks in normal form\n"
+    assert main(["format", str(tmp_path)]) == 1
+    said = capsys.readouterr()
+    assert said.out == f"{tmp_path / 'good.ipynb'}: formatted already\n"
+    assert "bad.ipynb: ruff cannot format it" in said.err
+
+
+def test_formatting_lays_out_code_at_100_columns_and_keeps_all_else(tmp_path, capsys):
+    long = f"f({', '.join(['argument'] * 9)})"  # 90 columns
+    sources = [f"x = {{'a':1}};  y=2\n%time {long}", long, "", f"{long[:-1]}, one_more_of_them)", "plt.plot();"]
+    cells = [new_code_cell(source, execution_count=3, metadata={"tags": ["a"]}) for source in sources]
+    cells[0].outputs = [new_output("stream", text="kept\n")]
+    path = tmp_path / "a.ipynb"
+    nbformat.write(book(new_markdown_cell("# A  title"), *cells, mine=1), path)
+    before = nbformat.read(path, as_version=4)
+    assert notebooks.unformatted(path)[:2] == [f"cell {n}: not as ruff formats it" for n in (2, 5)]
+    assert main(["format", str(path)]) == 0
+    assert capsys.readouterr().out == f"{path}: formatted\n"
+    after = nbformat.read(path, as_version=4)
+    assert after.cells[1].source == f'x = {{"a": 1}}\ny = 2\n%time {long}'
+    assert after.cells[2].source == long
+    assert after.cells[4].source.startswith("f(\n    argument,\n")
+    for number in (1, 4):
+        before.cells[number].source = after.cells[number].source
+    assert after == before
+    assert notebooks.unformatted(path) == []
+    assert notebooks.reformat(path) is False
 
 
 def test_cells_are_picked_by_tag(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import pickle
 import re
 import sys
@@ -11,9 +12,10 @@ import traceback
 
 import nbformat
 import pytest
+import torch
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from nbkit import _paths, papers
+from nbkit import _paths, papers, recipes
 from nbkit.errors import UnknownName
 
 CHAPTER_SIZES = {
@@ -126,6 +128,94 @@ def test_search_with_no_text_gives_all_and_with_nonsense_gives_none():
     empty = papers.search("qqqqxxxx")
     assert len(empty) == 0
     assert list(empty.columns) == list(papers.catalogue().columns)
+
+
+@pytest.fixture
+def stored(tmp_path, monkeypatch):
+    """A data folder in which grad-cam keeps two tables and tensors, and a function that writes its facts."""
+    folder = tmp_path / "papers" / "grad-cam"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(_paths, "data_dir", lambda: tmp_path)
+    (folder / "results.csv").write_text("seed,accuracy\n0,0.5\n1,0.75\n")
+    recipes.write_bytes(folder / "wide.csv.gz", b"seed,accuracy\n0,0.25\n")
+    kept = {"path": torch.tensor([[3, 1]]), "weight": torch.ones(2, dtype=torch.float16)}
+    recipes.write_tensors(folder / "tensors.safetensors", kept)
+    (folder / "recipe.py").write_text("")
+    files = dict.fromkeys(("results.csv", "wide.csv.gz", "tensors.safetensors"), "what")
+    facts = {"recipe": "python a recipe", "minutes": 10, "source": "here", "licence": "Apache-2.0"}
+
+    def write(files=files, **changes):
+        lines = [f"{k} = {json.dumps(v)}" for k, v in (facts | changes).items() if v is not None]
+        listed = [f"{json.dumps(k)} = {json.dumps(v)}" for k, v in files.items()]
+        (folder / "facts.toml").write_text("\n".join([*lines, "[files]", *listed]))
+        return files
+
+    return write
+
+
+def test_a_papers_tables_and_tensors_by_name(stored):
+    assert papers.results("grad-cam").accuracy.tolist() == [0.5, 0.75]
+    assert papers.results("grad-cam", "wide").accuracy.tolist() == [0.25]
+    found = papers.tensors("grad-cam")
+    assert {name: t.dtype for name, t in found.items()} == {"path": torch.int64, "weight": torch.float16}
+    assert found["path"].tolist() == [[3, 1]]
+    assert (papers.folder("grad-cam") / "results.csv").is_file()
+
+
+def test_data_that_is_not_there_is_named(stored):
+    with pytest.raises(UnknownName, match="'grad-cam' has no table 'result'; did you mean 'results'"):
+        papers.results("grad-cam", "result")
+    with pytest.raises(UnknownName, match="'grad-cam' has no tensors 'wide'; there is 'tensors'"):
+        papers.tensors("grad-cam", "wide")
+    for call in (papers.results, papers.tensors, papers.facts, papers.folder):
+        with pytest.raises(UnknownName, match="did you mean 'grad-cam'"):
+            call("gradcam")
+        with pytest.raises(FileNotFoundError, match="'craft' keeps no data: there is no folder data/papers/craft"):
+            call("craft")
+
+
+def test_facts_are_read_and_what_they_lack_is_named(stored):
+    with pytest.raises(FileNotFoundError, match="no data/papers/grad-cam/facts.toml; it holds recipe, minutes"):
+        papers.facts("grad-cam")
+    files = stored()
+    facts = papers.facts("grad-cam")
+    assert (facts.slug, facts.minutes, facts.licence, dict(facts.files)) == ("grad-cam", 10, "Apache-2.0", files)
+    assert papers.unlisted("grad-cam") == []
+    stored(source=None, minutes=None)
+    with pytest.raises(ValueError, match="facts.toml lacks minutes, source; it holds recipe, minutes, source, licence"):
+        papers.facts("grad-cam")
+    for changes, message in (
+        ({"minutes": "ten"}, "minutes is 'ten'"),
+        ({"licenc": "MIT"}, "holds 'licenc', which nothing reads; did you mean 'licence'"),
+        ({"files": {"results.csv": ""}}, "does not say what results.csv holds"),
+    ):
+        stored(**changes)
+        with pytest.raises(ValueError, match=message):
+            papers.facts("grad-cam")
+    (papers.folder("grad-cam") / "facts.toml").write_text("recipe = ")
+    with pytest.raises(ValueError, match="is not TOML"):
+        papers.facts("grad-cam")
+
+
+def test_a_file_that_is_not_listed_or_not_there_is_named(stored):
+    stored(files={"results.csv": "what", "tensors.safetensors": "what", "gone.csv": "what"})
+    assert papers.unlisted("grad-cam") == ["gone.csv", "wide.csv.gz"]
+
+
+KEPT = sorted(path.name for path in (_paths.data_dir() / "papers").iterdir() if path.is_dir())
+LARGE = {
+    "lm-head-decoding": "five tokens of 46,080 neurons; its second edition stores fewer",
+    "quick-selection": "strengths of seven runs; its second edition stores fewer epochs",
+}
+
+
+@pytest.mark.parametrize("slug", KEPT)
+def test_a_paper_lists_its_files_and_keeps_them_small(slug):
+    assert papers.get(slug).path, f"{slug} has data and no notebook"
+    assert papers.unlisted(slug) == [], f"data/papers/{slug}/facts.toml and the folder disagree"
+    assert papers.facts(slug).recipe == f"python data/papers/{slug}/recipe.py"
+    size = sum(path.stat().st_size for path in papers.folder(slug).iterdir() if path.is_file())
+    assert (size > 400_000) == (slug in LARGE), f"data/papers/{slug} has {size / 1000:.0f} KB; a paper has 400"
 
 
 def test_bibtex_of_every_paper_is_balanced_and_keyed_by_slug():

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import matplotlib
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import to_rgb
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
 from nbkit import plots
@@ -264,3 +265,110 @@ def test_grouped_bars_stand_side_by_side_at_their_means(ax):
 def test_grouped_bars_refuse_what_cannot_be_drawn(ax, settings, error):
     with pytest.raises(error):
         plots.grouped(ax, settings, ylabel="y")
+
+
+# --- measured tables
+
+
+@pytest.fixture
+def table():
+    rows = [(method, seed, value + seed) for method, value in (("ours", 3.0), ("rival", 1.0)) for seed in range(3)]
+    return pd.DataFrame(rows, columns=["method", "seed", "accuracy"])
+
+
+def test_means_are_bars_with_every_seed_as_a_point_in_the_methods_colour(ax, table):
+    palette = plots.colours(["rival", "ours"])
+    drawn(plots.means(ax, table, x="method", y="accuracy", palette=palette, reference=2.0))
+    assert [bar.get_height() for bar in ax.patches] == [4.0, 2.0]
+    assert [to_hex(bar.get_facecolor()).upper() for bar in ax.patches] == [palette["ours"], palette["rival"]]
+    points = np.concatenate([dots.get_offsets()[:, 1] for dots in ax.collections])
+    assert sorted(points) == sorted(table.accuracy)
+    assert ax.get_legend().get_texts()[0].get_text() == "chance"
+
+
+def test_means_lie_down_where_x_holds_the_numbers_and_draw_the_same_twice(fig, table):
+    left, right = fig.subplots(1, 2)
+    before = np.random.get_state()[1].copy()
+    for ax in (left, right):
+        plots.means(ax, table, x="accuracy", y="method", order=["rival", "ours"])
+    assert [bar.get_width() for bar in left.patches] == [2.0, 4.0]
+    first, second = (np.concatenate([dots.get_offsets() for dots in ax.collections]) for ax in (left, right))
+    assert np.array_equal(first, second)
+    assert np.array_equal(np.random.get_state()[1], before)
+
+
+def test_means_side_by_side_by_hue(ax, table):
+    both = pd.concat([table.assign(budget="short"), table.assign(budget="long", accuracy=table.accuracy + 1)])
+    drawn(plots.means(ax, both, x="method", y="accuracy", hue="budget"))
+    assert sorted(bar.get_height() for bar in ax.patches if bar.get_height()) == [2.0, 3.0, 4.0, 5.0]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["short", "long"]
+
+
+def test_means_refuse_what_they_cannot_draw(ax, table):
+    with pytest.raises(KeyError, match="no column 'acuracy'.*accuracy"):
+        plots.means(ax, table, x="method", y="acuracy")
+    with pytest.raises(NotFinite, match="1 NaN"):
+        plots.means(ax, table.assign(accuracy=[np.nan, 1, 1, 1, 1, 1]), x="method", y="accuracy")
+    with pytest.raises(ValueError, match="neither"):
+        plots.means(ax, table.assign(accuracy="high"), x="method", y="accuracy")
+    with pytest.raises(ValueError, match="empty"):
+        plots.means(ax, table.iloc[:0], x="method", y="accuracy")
+
+
+def test_colours_stay_with_their_names_and_references_are_grey():
+    palette = plots.colours(["a", "b", "chance", "a"], grey=["chance"])
+    assert list(palette) == ["a", "b", "chance"]
+    assert [palette["a"], palette["b"]] == list(plots.PALETTE[:2])
+    assert len(set(to_rgb(palette["chance"]))) == 1
+    with pytest.raises(ValueError, match="8 names in colour"):
+        plots.colours("abcdefgh"[i] for i in range(8))
+    with pytest.raises(TypeError, match="not one text"):
+        plots.colours("ours")
+
+
+def test_percent_and_logarithmic_ticks_read_as_numbers(ax):
+    ax.plot([1, 300], [0.2, 0.8])
+    plots.percent(ax)
+    plots.log_ticks(ax, "x")
+    drawn(ax)
+    low, high = ax.get_xlim()
+    shown = [t.get_text() for t in ax.get_xticklabels() if low <= t.get_position()[0] <= high]
+    assert shown == ["1", "2", "5", "10", "20", "50", "100", "200"]
+    assert "40%" in [text.get_text() for text in ax.get_yticklabels()]
+    with pytest.raises(ValueError, match="'z'"):
+        plots.percent(ax, "z")
+
+
+def test_thousands_are_short_on_a_wide_logarithmic_axis(ax):
+    ax.plot([1, 2e6], [0, 1])
+    drawn(plots.log_ticks(ax))
+    assert {"1", "1k", "1M"} <= {text.get_text() for text in ax.get_xticklabels()}
+
+
+def test_one_legend_names_the_lines_of_all_panels_once(fig):
+    for ax, labels in zip(fig.subplots(1, 2), (["a", "b"], ["b", "c"]), strict=True):
+        for label in labels:
+            ax.plot([0, 1], label=label)
+        ax.legend()
+    found = plots.legend(fig)
+    assert [text.get_text() for text in found.get_texts()] == ["a", "b", "c"]
+    assert all(ax.get_legend() is None for ax in fig.axes)
+    with pytest.raises(ValueError, match="nothing to name|anything to name"):
+        plots.legend(Figure())
+
+
+@pytest.mark.parametrize("scale", ["linear", "log"])
+def test_direct_labels_stand_at_the_ends_of_seaborns_lines_and_apart(ax, table, scale):
+    import seaborn as sns
+
+    long = pd.concat([table.assign(size=size, accuracy=table.accuracy / 100 + size) for size in (1, 10)])
+    sns.lineplot(long, x="size", y="accuracy", hue="method", palette=plots.colours(["ours", "rival"]), ax=ax)
+    ax.set_xscale(scale)
+    drawn(plots.direct_labels(ax))
+    texts = {text.get_text(): text for text in ax.texts}
+    assert set(texts) == {"ours", "rival"} and ax.get_legend() is None
+    boxes = [text.get_window_extent() for text in texts.values()]
+    assert not boxes[0].overlaps(boxes[1])
+    end = ax.transData.transform((10, 10))[0]
+    assert all(end < box.x0 < end + 30 and box.x1 < ax.bbox.x1 + 2 for box in boxes)
+    assert texts["ours"].get_position()[1] > texts["rival"].get_position()[1]

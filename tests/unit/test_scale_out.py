@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -72,13 +74,16 @@ def plain():
     return [train_and_prune(item) for item in ITEMS]
 
 
-def in_background(fn, items) -> tuple[threading.Thread, list]:
-    """A sweep on the cluster in a thread of its own, so that a test can give up waiting for it."""
+def in_background(fn, items, **config) -> tuple[threading.Thread, list]:
+    """A sweep on the cluster in a thread of its own, for a test to give up on; its result or the exception."""
     outcome: list = []
 
     def sweep():
-        with joblib.parallel_config(backend="dask"):
-            outcome.append(runtime.parallel(fn, items))
+        try:
+            with joblib.parallel_config(backend="dask", **config):
+                outcome.append(runtime.parallel(fn, items))
+        except Exception as error:
+            outcome.append(error)
 
     thread = threading.Thread(target=sweep, daemon=True)
     thread.start()
@@ -106,6 +111,54 @@ def test_two_processes_return_what_one_returns(cluster, plain, tmp_path):
     assert len(workers) == 2 and os.getpid() not in workers
 
 
+def test_items_come_back_as_they_went_in(cluster):
+    # dask reads a tuple that starts with a function as a call, and lists and dicts as places to look for more
+    items = [(len, "abc"), [len, "abc"], {"a": (len, "abc")}, None]
+    with joblib.parallel_config(backend="dask"):
+        assert runtime.parallel(lambda item: item, items) == items
+        assert runtime.parallel(len, []) == []
+
+
+def test_every_piece_runs_on_the_callers_threads(cluster):
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            with joblib.parallel_config(backend="dask"):
+                assert runtime.parallel(lambda _: torch.get_num_threads(), range(4)) == [threads] * 4
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_piece_is_as_deterministic_as_its_caller(cluster):
+    with joblib.parallel_config(backend="dask"):
+        for mode in (1, 0):
+            torch.set_deterministic_debug_mode(mode)
+            assert runtime.parallel(lambda _: torch.get_deterministic_debug_mode(), range(2)) == [mode] * 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a setting of glibc")
+def test_a_worker_keeps_freed_memory_as_its_caller_does(cluster):
+    def page_faults(_):
+        import resource
+
+        torch.ones(2**20)  # 4 MB, 1,000 pages
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(50):
+            torch.ones(2**20)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    assert runtime.keep_freed_memory()
+    with joblib.parallel_config(backend="dask"):
+        assert max(runtime.parallel(page_faults, range(4))) < 5000
+
+
+def test_the_bar_counts_the_pieces(cluster, capsys):
+    with joblib.parallel_config(backend="dask"):
+        runtime.parallel(len, ["a", "b", "c"], desc="words")
+    assert "words: 100%" in (err := capsys.readouterr().err) and "3/3" in err
+
+
 def test_an_exception_in_a_piece_is_raised_here(cluster):
     refused = pytest.raises(ValueError, match=r"sparsity must lie in \[0, 1\)")
     with joblib.parallel_config(backend="dask"), refused:
@@ -122,3 +175,28 @@ def test_nothing_is_lost_when_a_worker_is_killed_half_way(cluster, plain, tmp_pa
     thread.join(SECONDS)
     assert outcome == [plain]
     assert [name for name in trace.names("done", trace.stuck) if name != killed], "no other process did its piece"
+
+
+def test_a_piece_that_kills_every_worker_raises(cluster):
+    from distributed.scheduler import KilledWorker
+
+    thread, outcome = in_background(lambda item: os._exit(1) if item == 2 else item, range(5))
+    thread.join(2 * SECONDS)
+    assert [type(error) for error in outcome] == [KilledWorker]
+    with joblib.parallel_config(backend="dask", wait_for_workers_timeout=SECONDS):  # the nannies start new ones
+        assert runtime.parallel(len, ["a", "bc"]) == [1, 2]
+
+
+def test_a_sweep_that_no_worker_is_left_for_raises(monkeypatch):
+    from dask.distributed import Client, LocalCluster
+
+    monkeypatch.setattr(runtime, "NO_WORKER_SECONDS", 2)
+    with LocalCluster(n_workers=0, dashboard_address=":0", silence_logs=50) as empty, Client(empty) as client:
+        command = [sys.executable, "-m", "distributed.cli.dask_worker", empty.scheduler_address]
+        command += ["--no-nanny", "--no-dashboard", "--nthreads", "1"]  # no nanny: nobody starts it again
+        with subprocess.Popen(command, stderr=subprocess.DEVNULL):
+            client.wait_for_workers(1, timeout=SECONDS)
+            thread, outcome = in_background(lambda item: os._exit(1), range(3), wait_for_workers_timeout=1)
+            thread.join(2 * SECONDS)
+    assert [type(error) for error in outcome] == [TimeoutError]
+    assert "no dask worker was left" in str(outcome[0])

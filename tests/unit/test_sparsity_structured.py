@@ -11,6 +11,7 @@ from torch import nn
 
 from nbkit import sparsity as S
 from nbkit.errors import LayerNotFound
+from nbkit.sparsity import _structured
 
 
 class LeNet(nn.Module):
@@ -57,6 +58,11 @@ class Averaged(nn.Module):
 
 
 CASES = {LeNet: (1, 10, 12), Averaged: (2, 6, 6), mobile: (3, 9, 9), signal: (2, 12), mlp: (7,)}
+# each layer that loses channels, and what follows with as many: normalisations and depthwise convolutions
+LAYERS = {
+    LeNet: {"conv1": [], "conv2": ["norm"], "block.0": []}, Averaged: {"a": [], "b": []},
+    mobile: {"0": ["1", "3", "4"], "6.0": []}, signal: {"0": [], "3": []}, mlp: {"0": ["1"], "3": []},
+}  # fmt: skip
 
 
 def case(make, device):
@@ -69,18 +75,51 @@ def case(make, device):
     return model.to(device), torch.randn(4, *CASES[make], device=device)
 
 
+@torch.no_grad()
+def zeroed_by_hand(make, model, fraction):
+    """A copy without the channels of least sum of |w|: filter, bias and normalisation of each set to 0."""
+    zeroed = copy.deepcopy(model).eval()
+    for first, followers in LAYERS[make].items():
+        modules = [zeroed.get_submodule(name) for name in [first, *followers]]
+        filters = [m.weight for m in modules if isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d))]
+        size = sum(w.abs().flatten(1).sum(1) for w in filters)
+        gone = size.argsort(stable=True)[: min(round(fraction * len(size)), len(size) - 1)]
+        for values in (getattr(m, name, None) for m in modules for name in ("weight", "bias", "running_mean")):
+            if values is not None:
+                values[gone] = 0
+    return zeroed
+
+
 @pytest.mark.parametrize("make", CASES)
 @pytest.mark.parametrize("fraction", [0.0, 0.3, 0.5, 0.99])
 def test_the_smaller_model_agrees_with_the_zeroed_one(make, fraction, device):
     model, x = case(make, device)
     before = {n: v.clone() for n, v in model.state_dict().items()}
-    smaller = S.structured(model, fraction, example=x)  # compares, and raises where they differ
+    smaller = S.structured(model, fraction)
+    with torch.no_grad():
+        expected = zeroed_by_hand(make, model, fraction)(x)
+        torch.testing.assert_close(copy.deepcopy(smaller).eval()(x), expected)
+    S.structured(model, fraction, example=x)  # compares them too, and finds no difference
     assert smaller.training == model.training
     assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
     old, new = (sum(w.numel() for w in S.prunable(m).values()) for m in (model, smaller))
     assert new == old if fraction == 0 else new < old
     if fraction == 0:
         assert torch.equal(smaller.eval()(x), model.eval()(x))
+
+
+def test_an_example_on_which_the_smaller_model_differs_raises(device, monkeypatch):
+    model, x = case(mlp, device)
+    cut = _structured._cut
+
+    def cut_badly(group, index, modules):
+        cut(group, index, modules)
+        with torch.no_grad():
+            modules[group.members[0].module].bias += 0.1
+
+    monkeypatch.setattr(_structured, "_cut", cut_badly)
+    with pytest.raises(RuntimeError, match="differs from the zeroed one"):
+        S.structured(model, 0.5, example=x)
 
 
 def test_given_channels_equal_zeroing_them_by_hand(device):

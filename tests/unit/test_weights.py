@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
 import importlib
@@ -333,8 +334,6 @@ def test_fetching_again_without_a_network_keeps_what_was_there(toy, monkeypatch)
 
 
 def test_a_conversion_that_lacks_a_library_says_so_before_fetching(toy, monkeypatch):
-    import dataclasses
-
     monkeypatch.setitem(
         weights.ARTEFACTS, "toy-model", dataclasses.replace(toy, needs=("nbkit_no_such_library",))
     )
@@ -360,6 +359,15 @@ def test_the_command_line_fetches_lists_and_verifies(toy, cache, capsys):
     (weights.entry("toy-model") / "model.bin").write_bytes(b"x" * 256 * 64)
     assert main(["verify"]) == 1 and "fetch --again toy-model" in capsys.readouterr().out
     assert main(["fetch", "--again"]) == 0 and main(["verify"]) == 0
+
+
+def test_what_no_notebook_needs_is_fetched_by_its_name_alone(toy, monkeypatch, capsys):
+    a = dataclasses.replace(weights.ARTEFACTS["toy-model"], optional=True)
+    monkeypatch.setitem(weights.ARTEFACTS, "toy-model", a)
+    assert main(["fetch"]) == main(["verify"]) == 0 and capsys.readouterr().out == ""
+    assert main(["list"]) == 0 and "toy-model" in capsys.readouterr().out
+    assert main(["fetch", "toy-model"]) == 0 and "toy-model: done" in capsys.readouterr().out
+    assert main(["verify"]) == 0 and capsys.readouterr().out == "toy-model: whole\n"
 
 
 def test_the_command_line_reports_failure_in_one_line(toy, published, capsys):
