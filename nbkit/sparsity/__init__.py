@@ -11,13 +11,14 @@ the fraction of those that is removed: exactly ``round(sparsity * N)`` weights (
 the earliest of equal scores first.
 
 Criteria return ``{parameter name: scores}``: :func:`magnitude`, :func:`lamp`, :func:`snip`, :func:`taylor`,
-:func:`relevance`, :func:`random`. Allocations return ``{parameter name: density}``: :func:`uniform`, :func:`erk`.
+:func:`logit_sensitivity`, :func:`random`. Allocations return ``{parameter name: density}``: :func:`uniform`,
+:func:`erk`.
 """
 
 from __future__ import annotations
 
 from nbkit.sparsity._allocate import magnitude_mask, mask_from_densities, mask_from_scores, prune_surviving
-from nbkit.sparsity._criteria import lamp, magnitude, random, relevance, snip, taylor
+from nbkit.sparsity._criteria import lamp, logit_sensitivity, magnitude, random, snip, taylor
 from nbkit.sparsity._flops import flops, sparsity_report
 from nbkit.sparsity._iterative import Round, iterative_magnitude
 from nbkit.sparsity._masks import Masks
@@ -27,7 +28,7 @@ from nbkit.sparsity._structured import structured
 from nbkit.sparsity._weights import prunable
 
 __all__ = [
-    "Masks", "Round", "erk", "flops", "iterative_magnitude", "lamp", "magnitude", "magnitude_mask",
-    "mask_from_densities", "mask_from_scores", "mask_of_round", "prunable", "prune_surviving", "random", "relevance",
-    "rounds_survived", "schedule", "snip", "sparsity_report", "structured", "taylor", "uniform",
+    "Masks", "Round", "erk", "flops", "iterative_magnitude", "lamp", "logit_sensitivity", "magnitude",
+    "magnitude_mask", "mask_from_densities", "mask_from_scores", "mask_of_round", "prunable", "prune_surviving",
+    "random", "rounds_survived", "schedule", "snip", "sparsity_report", "structured", "taylor", "uniform",
 ]  # fmt: skip

@@ -111,7 +111,7 @@ def taylor(
 
 
 @forward.outside_inference_mode
-def relevance(
+def logit_sensitivity(
     model: nn.Module, inputs: forward.Inputs, target: forward.Target = None, *, per: str = "weight",
     batch: int = 64, layers: Names = None, exclude: Names = (),
 ) -> Scores:  # fmt: skip
@@ -132,13 +132,13 @@ def relevance(
     started from the true class, summed over a unit with its sign; this is gradient times weight, absolute so that
     examples do not cancel. Raises: as :func:`snip`; ValueError for another ``per``.
 
-    >>> mask_from_scores(relevance(model, x[:100]), 0.9)
+    >>> mask_from_scores(logit_sensitivity(model, x[:100]), 0.9)
     """
     if per not in ("weight", "unit"):
         raise ValueError(f"per must be 'weight' or 'unit', not {per!r}")
     weights = _weights(model, layers, exclude)
     if per == "unit":
-        return _unit_relevance(model, weights, inputs, target, batch)
+        return _unit_sensitivity(model, weights, inputs, target, batch)
     sums = {name: torch.zeros_like(w) for name, w in weights.items()}
     score = _target_score
     for _, gradients in _gradients(model, weights, inputs, target, score, 1):
@@ -147,7 +147,7 @@ def relevance(
     return {name: (total / forward.batch_size(inputs)).cpu() for name, total in sums.items()}
 
 
-def _unit_relevance(
+def _unit_sensitivity(
     model: nn.Module, weights: Mapping[str, nn.Parameter], inputs: forward.Inputs, target: forward.Target, batch: int
 ) -> Scores:
     names = {name: name.rpartition(".")[0] for name in weights}

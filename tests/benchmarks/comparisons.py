@@ -259,3 +259,37 @@ def _():
         theirs=lambda: reference.shap_values(rows.to_numpy(), check_additivity=False)[..., 1],
         repeats=4,
     )
+
+
+@row("half the channels of EfficientNet-Lite0 (residual): grouped, cut, run", "torch-pruning", target=1.0)
+def _():
+    import copy
+
+    import torch
+    import torch_pruning
+
+    from nbkit import forward, sparsity
+
+    net, photo = efficientnet()
+    photo = photo[..., :96, :96]
+
+    def size(group):
+        """The sum of |w| of each channel over the convolutions that make it."""
+        total = torch.zeros(len(group[0].idxs))
+        for dep, idxs in group:
+            layer = dep.target.module
+            if isinstance(layer, torch.nn.Conv2d) and dep.handler.__name__ == "prune_out_channels":
+                total += layer.weight.detach().abs().flatten(1).sum(1)[idxs]
+        return total
+
+    def theirs():
+        other = copy.deepcopy(net)
+        settings = {"pruning_ratio": 0.5, "ignored_layers": [other._fc], "importance": size}
+        torch_pruning.pruner.BasePruner(other, [photo], **settings).step()
+        return other
+
+    def outputs(model):
+        with torch.no_grad(), forward.evaluating(model):
+            return model(photo)
+
+    return Row(ours=lambda: sparsity.structured(net, 0.5, example=photo), theirs=theirs, value=outputs, repeats=7)

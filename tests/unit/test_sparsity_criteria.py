@@ -102,18 +102,18 @@ def test_a_target_may_be_the_prediction_a_callable_or_go_to_a_loss(device):
     close(S.snip(model, x, y, batch=4), S.snip(model, x, y, batch=4, loss=F.cross_entropy))
 
 
-def test_relevance_of_a_linear_model_is_weight_times_input(device):
+def test_logit_sensitivity_of_a_linear_model_is_weight_times_input(device):
     torch.manual_seed(0)
     layer, x = nn.Linear(5, 3).to(device), torch.randn(7, 5).to(device)
     expected = torch.zeros(3, 5)
     expected[1] = (layer.weight[1].detach() * x).abs().mean(0).cpu()
-    close(S.relevance(layer, x, 1), {"weight": expected})
+    close(S.logit_sensitivity(layer, x, 1), {"weight": expected})
     units = torch.zeros(3)
     units[1] = layer(x)[:, 1].detach().abs().mean().cpu()
-    close(S.relevance(layer, x, 1, per="unit"), {"weight": units})
+    close(S.logit_sensitivity(layer, x, 1, per="unit"), {"weight": units})
 
 
-def test_relevance_through_the_weights_of_a_unit_sums_to_the_unit_in_a_relu_network(device):
+def test_logit_sensitivity_through_the_weights_of_a_unit_sums_to_the_unit_in_a_relu_network(device):
     torch.manual_seed(2)
     model = nn.Sequential(
         nn.Conv2d(1, 3, 3, bias=False), nn.ReLU(), nn.Conv2d(3, 2, 3, bias=False), nn.Flatten(), nn.Linear(8, 3)
@@ -122,23 +122,23 @@ def test_relevance_through_the_weights_of_a_unit_sums_to_the_unit_in_a_relu_netw
     y = model(x)[0, 1]
     for i in (0, 2):
         signed = (model[i].weight * torch.autograd.grad(y, model[i].weight, retain_graph=True)[0]).flatten(1).sum(1)
-        unit = S.relevance(model, x, 1, per="unit")[f"{i}.weight"]
+        unit = S.logit_sensitivity(model, x, 1, per="unit")[f"{i}.weight"]
         torch.testing.assert_close(unit, signed.abs().detach().cpu(), rtol=1e-4, atol=1e-6)
     # and LRP-0 conserves: what enters the last layer's inputs is the logit without its bias
     last = model[4].weight * torch.autograd.grad(y, model[4].weight, retain_graph=True)[0]
     torch.testing.assert_close(last.sum(), y - model[4].bias[1], rtol=1e-4, atol=1e-6)
 
 
-def test_unit_relevance_does_not_depend_on_the_batch_and_reads_tokens_on_the_last_axis(device):
+def test_unit_sensitivity_does_not_depend_on_the_batch_and_reads_tokens_on_the_last_axis(device):
     torch.manual_seed(0)
     model, (x, _) = net(device), data(device)
-    close(S.relevance(model, x, per="unit", batch=3), S.relevance(model, x, per="unit"))
+    close(S.logit_sensitivity(model, x, per="unit", batch=3), S.logit_sensitivity(model, x, per="unit"))
     tokens = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5)).to(device)
-    found = S.relevance(tokens, torch.randn(2, 7, 4, device=device), lambda out: out[:, 0, 0], per="unit")
+    found = S.logit_sensitivity(tokens, torch.randn(2, 7, 4, device=device), lambda out: out[:, 0, 0], per="unit")
     assert found["0.weight"].shape == (6,) and (found["2.weight"] > 0).tolist() == [True] + [False] * 4
 
 
-@pytest.mark.parametrize("criterion", [S.snip, S.taylor, S.relevance])
+@pytest.mark.parametrize("criterion", [S.snip, S.taylor, S.logit_sensitivity])
 def test_criteria_leave_the_model_as_it_was(criterion, device):
     model, (x, y) = net(device), data(device)
     model[1].eval()
@@ -162,7 +162,7 @@ def test_criteria_leave_the_model_as_it_was(criterion, device):
     assert not any(m._forward_hooks for m in model.modules())
 
 
-@pytest.mark.parametrize("criterion", [S.snip, S.taylor, S.relevance])
+@pytest.mark.parametrize("criterion", [S.snip, S.taylor, S.logit_sensitivity])
 def test_criteria_differentiate_in_inference_mode_and_let_a_model_work_in_place(criterion, device):
     class Rescaled(nn.Sequential):
         def forward(self, x):
@@ -178,7 +178,7 @@ def test_criteria_differentiate_in_inference_mode_and_let_a_model_work_in_place(
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
-def test_unit_relevance_of_the_output_projection_of_attention_is_that_of_its_weights(batch_first):
+def test_unit_sensitivity_of_the_output_projection_of_attention_is_that_of_its_weights(batch_first):
     class Attending(nn.Module):
         def __init__(self):
             super().__init__()
@@ -190,7 +190,7 @@ def test_unit_relevance_of_the_output_projection_of_attention_is_that_of_its_wei
             return self.attention(x, x, x)[0].sum(1 if batch_first else 0)
 
     model, x = Attending(), torch.randn(3, 5, 8)
-    found, weight = S.relevance(model, x, 2, per="unit"), model.attention.out_proj.weight
+    found, weight = S.logit_sensitivity(model, x, 2, per="unit"), model.attention.out_proj.weight
     each = [torch.autograd.grad(model(row[None])[0, 2], weight)[0] for row in x]
     expected = sum((weight * g).sum(1).abs() for g in each) / 3
     close(found, {"attention.out_proj.weight": expected.detach()})
@@ -209,7 +209,7 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match="one number"):
         S.snip(model, x, y, loss=lambda out, y: out.sum(1))
     with pytest.raises(ValueError, match="'weight' or 'unit'"):
-        S.relevance(model, x, per="filter")
+        S.logit_sensitivity(model, x, per="filter")
 
 
 def test_inputs_may_be_a_dict_and_unused_layers_score_zero():
@@ -223,7 +223,7 @@ def test_inputs_may_be_a_dict_and_unused_layers_score_zero():
 
     torch.manual_seed(0)
     inputs = {"left": torch.randn(5, 3), "right": torch.randn(5, 2)}
-    for criterion in (S.snip, S.taylor, S.relevance):
+    for criterion in (S.snip, S.taylor, S.logit_sensitivity):
         scores = criterion(Two(), inputs, 1, batch=2)
         assert scores["a.weight"][1].gt(0).all() and not scores["idle.weight"].any()
-    assert not S.relevance(Two(), inputs, 1, per="unit")["idle.weight"].any()
+    assert not S.logit_sensitivity(Two(), inputs, 1, per="unit")["idle.weight"].any()
