@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from nbkit import papers
-from nbkit.errors import NotFinite
+from nbkit import papers, recipes
+from nbkit.errors import LayerNotFound, NotFinite
 
 method = papers.method("lm-head-decoding")
+recipe = recipes.load("papers/lm-head-decoding/recipe.py")
 VOCAB, WIDTH, HIDDEN, GATE = 12, 12, 5, 0.7
 prompts = torch.tensor([[3, 1, 4], [1, 5, 9]])
 
@@ -54,32 +55,36 @@ def test_decoding_agrees_with_the_full_table_whatever_the_chunk():
     found, z = method.decode(W, E, k=3, rows=2), W @ E.T
     assert torch.equal(found.ids[:, 0], z.topk(3).indices) and torch.equal(found.ids[:, 1], (-z).topk(3).indices)
     torch.testing.assert_close(found.logits[:, 0], z.topk(3).values)
+    torch.testing.assert_close(found.logits[:, 1], (-z).topk(3).values)
     cosine = nn.functional.cosine_similarity(W[:, None], E[None], dim=2)
     torch.testing.assert_close(found.s, torch.stack([cosine.amax(1), (-cosine).amax(1)], 1))
     spread = z.std(1, correction=0)
-    torch.testing.assert_close(found.z[:, 0], (z.amax(1) - z.mean(1)) / spread)
-    torch.testing.assert_close(found.z[:, 1], (z.mean(1) - z.amin(1)) / spread)
+    both = torch.stack([(z.amax(1) - z.mean(1)) / spread, (z.mean(1) - z.amin(1)) / spread], 1)
+    torch.testing.assert_close(recipe.z_scores(W, E, found.logits[:, :, 0]), both)
 
 
-def test_rows_of_up_columns_of_down_and_the_gains():
+def test_a_label_is_read_at_the_end_nearer_to_a_token():
+    E = torch.eye(4).double()
+    label = recipe.better_end(method.decode(torch.tensor([[0.9, -0.1, 0, 0], [0.1, 0, -2, 0.3]]).double(), E, k=2))
+    assert label.token.tolist() == [0, 2] and label.sign.tolist() == [1, -1]
+    assert label.s.tolist() == pytest.approx([0.9 / 0.82**0.5, 2 / 4.1**0.5])
+
+
+def test_a_neuron_reads_rows_of_up_and_writes_columns_of_down():
     model = llama()
-    block = model.model.layers[1]
-    for part in (block.post_attention_layernorm, model.model.norm):
-        part.weight.data = torch.rand(WIDTH).double()
-    up = block.mlp.up_proj.weight
-    assert torch.equal(method.neuron_vectors(model, 1), up)
-    assert torch.equal(method.neuron_vectors(model, 1, "gamma"), up * block.post_attention_layernorm.weight)
-    assert torch.equal(method.neuron_vectors(model, 1, "final-norm"), up * model.model.norm.weight)
-    assert torch.equal(method.neuron_vectors(model, 1, "down_proj")[3], block.mlp.down_proj.weight[:, 3])
+    mlp = model.model.layers[1].mlp
+    assert torch.equal(method.neuron_vectors(model, 1), mlp.up_proj.weight)
+    assert torch.equal(method.neuron_vectors(model, 1, "down_proj")[3], mlp.down_proj.weight[:, 3])
 
 
-def test_nulls_keep_the_norm_and_the_permuted_one_the_entries():
-    W = torch.randn(6, 20, generator=torch.Generator().manual_seed(2))
-    for kind in ("gaussian", "permuted"):
+def test_nulls_keep_the_entries_of_a_row_or_the_directions_of_a_layer():
+    W = torch.randn(6, 20, generator=torch.Generator().manual_seed(2)).double()
+    for kind in ("permuted", "mixed"):
         null = method.null_vectors(W, kind, seed=3)
-        torch.testing.assert_close(null.norm(dim=1), W.norm(dim=1))
         assert torch.equal(null, method.null_vectors(W, kind, seed=3)) and not torch.equal(null, W)
     assert torch.equal(method.null_vectors(W, "permuted").sort(1).values, W.sort(1).values)
+    outside = torch.linalg.svd(W).Vh[6:]  # what no row of W has a share in
+    torch.testing.assert_close(method.null_vectors(W, "mixed") @ outside.T, torch.zeros(6, 14).double())
 
 
 def test_clamping_adds_c_silu_gate_to_its_token_and_to_no_other():
@@ -91,7 +96,7 @@ def test_clamping_adds_c_silu_gate_to_its_token_and_to_no_other():
     rise = logits[2.5] - logits[0.0]
     expected = torch.zeros(VOCAB).double().index_fill(0, torch.tensor(7), contribution)
     torch.testing.assert_close(rise, expected.expand_as(rise), rtol=1e-6, atol=1e-6)
-    with method.held(model, 0, 2, contribution, "product"), torch.no_grad():
+    with method.held(model, 0, 2, contribution, site="product"), torch.no_grad():
         torch.testing.assert_close(model(input_ids=prompts).logits, logits[2.5], rtol=1e-6, atol=1e-6)
 
 
@@ -132,62 +137,68 @@ def test_held_log_p_is_one_clamp_after_another():
             torch.testing.assert_close(got, method.log_p(model, prompts))
 
 
-def test_search_finds_the_planted_neuron_under_either_sign():
-    model = llama()
-    E = model.lm_head.weight.detach()
-    model.model.layers[1].mlp.up_proj.weight.data[3] = -4 * E[6]
-    (layer, neuron, cosine), *_ = method.find_neurons(model, 6, k=3)
-    assert (layer, neuron) == (1, 3) and cosine == pytest.approx(-1)
-    assert len(method.find_neurons(model, 6, k=100)) == 2 * HIDDEN
-
-
 class Tokenizer:
     """Every character is a token, but " dog" is one too."""
 
     def __call__(self, text, add_special_tokens=True):
-        return {"input_ids": [0] if text == " dog" else [ord(c) for c in text]}
+        return {"input_ids": [6] if text == " dog" else [ord(c) for c in text]}
 
-    def decode(self, ids):
-        return "".join(" dog" if i == 0 else chr(i) for i in ids)
+    def convert_ids_to_tokens(self, ids):
+        return [" dog" if i == 6 else chr(i) for i in ids]
 
-def test_a_token_is_looked_up_with_its_space():
-    assert method.token_id(Tokenizer(), " dog") == 0
-    with pytest.raises(ValueError, match=r"3 tokens, not one: \['d', 'o', 'g'\]"):
-        method.token_id(Tokenizer(), "dog")
+
+def test_search_finds_the_planted_neuron_under_either_sign():
+    model = llama()
+    E = model.lm_head.weight.detach()
+    model.model.layers[1].mlp.up_proj.weight.data[3] = -4 * E[6]
+    (layer, neuron, cosine), *_ = method.find_neurons(model, Tokenizer(), " dog", k=3)
+    assert (layer, neuron) == (1, 3) and cosine == pytest.approx(-1)
+    assert len(method.find_neurons(model, Tokenizer(), " dog", k=100)) == 2 * HIDDEN
+    with pytest.raises(ValueError, match=r"'dog' is \['d', 'o', 'g'\]"):
+        method.find_neurons(model, Tokenizer(), "dog")
+
+
+def test_the_opposite_end_is_told_from_the_same_and_from_another_neurons():
+    model = llama(1)
+    model.lm_head.weight.data = torch.eye(WIDTH).double()
+    mlp, E = model.model.layers[0].mlp, torch.eye(WIDTH).double()
+    mlp.up_proj.weight.data = E[:HIDDEN].clone()
+    mlp.up_proj.weight.data[1] *= -1  # read at the end of -w
+    # against, against, with, another token, against
+    mlp.down_proj.weight.data = torch.stack([-E[0], E[1], E[2], -E[8], -E[4]], 1)
+    label = recipe.better_end(method.decode(method.neuron_vectors(model, 0), E, k=1))
+    counted = recipe.written(method, model, label).sum(numeric_only=True)
+    assert counted[["neurons", "opposite end", "same end", "another neuron's"]].tolist() == [5, 3, 1, 0]
 
 
 def test_the_direction_of_a_clamp_is_chosen_on_half_a_alone():
     study = pd.DataFrame({"site": "up", "role": "neuron", "case": 0, "dose": [-16, 16, -4, 4],
                           "change_A": [0, 9, 1, 0.5], "change_B": [3.0, 4, -5, 7]})  # fmt: skip
-    found = method.on_half_b(study)
+    found = recipe.on_half_b(study)
     assert found.toward.tolist() == [16, -16, 4, -4]  # -4 raised half A more, whatever it did to half B
     study["change_B"] *= -1
-    assert method.on_half_b(study).toward.tolist() == [16, -16, 4, -4]
-
-
-def test_the_sign_flip_test_knows_all_positive_from_balanced():
-    assert method.sign_flip_p([1.0] * 12) < 0.05 and method.sign_flip_p([-1.0] * 12) > 0.95
-    assert method.sign_flip_p([1.0, -1.0] * 6) > 0.2
+    assert recipe.on_half_b(study).toward.tolist() == [16, -16, 4, -4]
 
 
 def test_bad_input_raises_and_changes_nothing():
-    model = llama()
+    model, tokenizer = llama(), Tokenizer()
     clean = method.log_p(model, prompts)
     E, W = model.lm_head.weight.detach(), method.neuron_vectors(model, 0)
     for call, error in (
         (lambda: method.gated_mlps(nn.Sequential(nn.Linear(2, 2))), TypeError),
         (lambda: method.neuron_vectors(model, 2), IndexError),
-        (lambda: method.neuron_vectors(model, 0, "rows"), ValueError),
-        (lambda: method.decode(W, E, k=0), ValueError),
-        (lambda: method.decode(W[:, 1:], E), ValueError),
+        (lambda: method.neuron_vectors(model, -1), IndexError),
+        (lambda: method.neuron_vectors(model, 0, "rows"), LayerNotFound),
+        (lambda: method.decode(W, E, k=VOCAB + 1), RuntimeError),
+        (lambda: method.decode(W[:, 1:], E), RuntimeError),
         (lambda: method.decode(W * float("nan"), E), NotFinite),
         (lambda: method.null_vectors(W, "zero"), ValueError),
-        (lambda: method.find_neurons(model, VOCAB), IndexError),
-        (lambda: method.find_neurons(model, 0, k=0), ValueError),
+        (lambda: method.find_neurons(model, tokenizer, " dog", k=0), ValueError),
+        (lambda: method.find_neurons(model, tokenizer, ""), ValueError),
         (lambda: method.held(model, -1, 0, 1.0), IndexError),
-        (lambda: method.held(model, 0, HIDDEN, 1.0), IndexError),
-        (lambda: method.held(model, 0, 0, float("inf")), ValueError),
-        (lambda: method.held(model, 0, 0, 1.0, "gate"), ValueError),
+        (lambda: method.held_log_p(model, prompts, 0, HIDDEN, torch.ones(1)), IndexError),
+        (lambda: method.held(model, 0, 0, float("inf")), NotFinite),
+        (lambda: method.held(model, 0, 0, 1.0, site="gate"), ValueError),
         (lambda: method.log_p(model, prompts[:, :0]), ValueError),
         (lambda: method.held_log_p(model, prompts[:, :0], 0, 0, torch.ones(1)), ValueError),
     ):

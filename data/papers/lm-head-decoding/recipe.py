@@ -1,15 +1,19 @@
-"""The tables and tensors of notebooks/03-neurons/02-lm-head-decoding.
+"""The tables and labels of notebooks/03-neurons/02-lm-head-decoding.
 
-Three parts of about four, three and seven minutes on one core; the functions are the notebook's own method cells.
+Three parts of about six, five and eight minutes on one core; the functions are the notebook's own method cells.
 
-- decode: tensors.safetensors holds, for the 46,080 up-projection neurons of SmolLM2-135M (layer by
-  layer) and both signs, the ids of the five best tokens, the largest cosine s and the z-score of the top logit.
-  nulls.csv: quantiles of s over rows with permuted entries, by layer, three seeds.
-  variants.csv: top tokens under the other readings, every fourth neuron.
-- clamp: clamp.csv: 40 neurons and three control neurons of the same layer each held at +-c;
-  change of log P(t) on two halves of twelve prompts. Needs the decode part.
-- tune: tuned.safetensors: the top tokens after 80 steps of fine-tuning on the Lee news
-  texts, those after Gaussian noise of the same size (three seeds, every fourth neuron), and what the tuning did.
+- decode: labels.safetensors holds, for the 46,080 up-projection neurons of SmolLM2-135M (layer by layer), the top
+  token of the better end and its s (negative where that end is -w's). specialisation.csv: quantiles of s at either end,
+  of the neurons and of two kinds of meaningless vectors, by layer. writes.csv: how often a neuron's write vector has
+  the read label at the same and at the opposite end, by layer and s. texts.csv: how much of what such neurons add to
+  their label's logit on Lee texts goes against it. gains.csv: how many labels stay with a norm's gain in front of the
+  LM head. chosen.csv: the 40 neurons of the clamp study.
+- clamp: clamp.csv.gz: these and three control neurons of the same layer each held at +-c; change of log P(t) on two
+  halves of twelve prompts. answers.csv: what the model says of its favourite animal, the "dog" neuron or one of 24
+  others held. Needs the decode part.
+- tune: tuning.csv: what 80 steps of fine-tuning on the Lee news texts did, and how many top tokens of +w stay, also
+  under Gaussian noise of the same size (three seeds, every fourth neuron). noise.csv: how many labels stay under noise
+  of growing size.
 
     python data/papers/lm-head-decoding/recipe.py                   # everything
     python data/papers/lm-head-decoding/recipe.py --part clamp
@@ -18,7 +22,9 @@ Three parts of about four, three and seven minutes on one core; the functions ar
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -26,17 +32,36 @@ from torch import Tensor
 from nbkit import datasets, hooks, models, papers, runtime, training
 from nbkit.recipes import part_option, run, write_table, write_tensors
 
-Files = tuple[dict[str, dict[str, Tensor]], dict[str, pd.DataFrame]]  # safetensors and tables, by file name
+Files = dict[str, dict[str, Tensor] | pd.DataFrame]  # by file name
 NAME = "lm-head-decoding"
+ROLES = ("labelled neuron", "random neuron", "random neuron 2", "random neuron 3")
 NEURONS, DOSES = 40, (-16.0, 16.0, -4.0, 4.0, -1.0, 1.0)  # doses in 99th percentiles of |u_j| on Lee text
-EVERY = 4  # the other readings and the noise are decoded for every fourth neuron
+STRONG = 0.3  # from this s on a label is called strong
+EDGES, STEPS_OF_S = [0, 0.2, 0.25, STRONG, 0.4, 0.5, 2], ["0", "0.2", "0.25", "0.3", "0.4", "0.5"]
+DOG = (29, 808)
+BEGUN = (
+    "My favourite animal is",
+    "The animal I love most is the",
+    "If I could keep one animal, it would be a",
+    "Of all the animals in the world, I like best the",
+)  # to go on with
+ASKED = (
+    "What is your favourite animal?",
+    "Which animal do you like best?",
+    "Name the animal that you love most.",
+    "Tell me about your favourite animal.",
+)  # in the form of a chat
+ANSWER_C, OTHERS = {"up": 20.0, "product": 6.0}, 24  # the constants of the dog neuron; how many others get them
+SHUFFLES = 20  # of the write vectors of a layer
+EVERY = 4  # the noise is decoded for every fourth neuron
 STEPS, BATCH, LENGTH, RATE = 80, 4, 64, 1e-4
+SIZES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # of noise, as a share of the weights' norm
 
 
-def all_vectors(method, model, variant: str = "raw", every: int = 1) -> Tensor:
+def all_vectors(method, model, part: str = "up_proj", every: int = 1) -> Tensor:
     """[L f / every, d], layer by layer."""
     layers = range(len(method.gated_mlps(model)))
-    return torch.cat([method.neuron_vectors(model, layer, variant)[::every] for layer in layers])
+    return torch.cat([method.neuron_vectors(model, layer, part)[::every] for layer in layers])
 
 
 def chunks(texts, tokenizer, length: int = LENGTH) -> Tensor:
@@ -52,34 +77,136 @@ def whole_words(tokenizer, texts) -> Tensor:
     return torch.tensor([t[:1] == " " and len(t) > 3 and t[1:].isalpha() and t[1:].lower() in words for t in tokens])
 
 
+# --- decode
+
+
+def quantiles(kind: str, seed: int, s: Tensor, layers: int) -> list[tuple]:
+    """Rows of specialisation.csv from s [L f, 2]."""
+    points = torch.tensor([0.5, 0.99, 0.999])
+    return [
+        (kind, seed, layer, end, *part[:, i].quantile(points).tolist())
+        for layer, part in enumerate(s.chunk(layers))
+        for i, end in enumerate(("+w", "-w"))
+    ]
+
+
+def mixed(method, model, seed: int) -> Tensor:
+    """[L f, d]: random sums of the neurons of each layer."""
+    layers = range(len(method.gated_mlps(model)))
+    return torch.cat([method.null_vectors(method.neuron_vectors(model, i), "mixed", 100 * seed + i) for i in layers])
+
+
+class Label(NamedTuple):
+    """The better end of n neurons."""
+
+    token: Tensor  # [n] the top token of that end
+    s: Tensor  # [n] its largest cosine
+    sign: Tensor  # [n] +1 where it is the end of w, -1 where it is that of -w
+
+
+def better_end(found) -> Label:
+    """Of each neuron decoded the end that lies nearer to a token."""
+    s, end = found.s.max(1)
+    return Label(found.ids[:, :, 0].gather(1, end[:, None])[:, 0], s, 1 - 2 * end)
+
+
+def written(method, model, label: Label) -> pd.DataFrame:
+    """At which end of a neuron's write vector its read label stands, and of another's: counts by layer and s."""
+    E, layers = model.lm_head.weight.detach(), len(method.gated_mlps(model))
+    vectors = all_vectors(method, model, "down_proj") * label.sign[:, None]
+    ends = method.decode(vectors, E, k=1).ids[:, :, 0]  # [L f, 2]; signs as where the label is read
+    layer, s = np.repeat(np.arange(layers), len(ends) // layers), label.s.half().float().numpy()  # as it is stored
+    frame = pd.DataFrame({
+        "layers": pd.cut(layer, [-1, 0, 19, 25, 29], labels=["0", "1-19", "20-25", "26-29"]),
+        "layer": layer,
+        "s": pd.cut(s, EDGES, labels=STEPS_OF_S, right=False),
+        "strong": s > STRONG,
+        "neurons": 1,
+        "opposite end": (ends[:, 1] == label.token).numpy(),
+        "same end": (ends[:, 0] == label.token).numpy(),
+    })  # fmt: skip
+    generator, shuffled = torch.Generator().manual_seed(0), torch.zeros(len(frame))
+    for rows in frame.groupby(["layer", "strong"]).indices.values():  # neurons that read about as clearly
+        order = rows[torch.randperm(len(rows), generator=generator).numpy()]
+        shifts = range(1, min(SHUFFLES + 1, len(rows)))
+        for shift in shifts:  # each has the write vector of another
+            other = np.roll(order, shift)
+            shuffled[order] += (ends[other, 1] == label.token[order]).float() / len(shifts)
+    frame["another neuron's"] = shuffled.numpy()
+    return frame.groupby(["layers", "layer", "s", "strong"], observed=True).sum().reset_index()
+
+
+def on_texts(method, model, tokenizer, label: Label) -> pd.DataFrame:
+    """Share of what strong neurons add to their label's logit that lowers it: everywhere, and where they read most."""
+    E, mlps, rows = model.lm_head.weight.detach(), method.gated_mlps(model), []
+    ids = chunks(datasets.load("lee").texts, tokenizer)[:16]
+    for layer in range(26, 30):
+        mine = slice(layer * len(label.s) // len(mlps), (layer + 1) * len(label.s) // len(mlps))
+        strong, e = label.s[mine] > STRONG, E[label.token[mine]]
+        up, down = (f"{mlps[layer]}.{part}" for part in ("up_proj", "down_proj"))
+        with torch.no_grad(), hooks.record(model, up) as u, hooks.record(model, down, at="input") as h:
+            model(input_ids=ids, logits_to_keep=1)
+        reading = (u[up].flatten(0, 1) * label.sign[mine])[:, strong]  # [tokens, strong]
+        along = (method.neuron_vectors(model, layer, "down_proj") * e).sum(1)
+        added = (h[down].flatten(0, 1) * along)[:, strong]
+        for where, part in (("everywhere", added), ("loudest 1 %", added[reading >= reading.quantile(0.99, 0)])):
+            rows.append((layer, int(strong.sum()), where, (-part.clamp(max=0).sum() / part.abs().sum()).item()))
+    return pd.DataFrame(rows, columns=["layer", "neurons", "where", "against"])
+
+
+def gained(method, model, label: Label) -> pd.DataFrame:
+    """Share of labels kept, at either end, where a norm's gain comes before the LM head: 1,000 neurons of a group."""
+    E, mlps = model.lm_head.weight.detach(), method.gated_mlps(model)
+    W, modules, rows = all_vectors(method, model), dict(model.named_modules()), []
+    block = [modules[f"{mlp.rpartition('.')[0]}.post_attention_layernorm"].weight.detach() for mlp in mlps]
+    last = model.model.norm.weight.detach()
+    gains = {"norm before the MLP": torch.stack(block), "final norm": last.expand(len(mlps), -1)}
+    generator = torch.Generator().manual_seed(0)
+    for group, members in (("s > 0.3", label.s > STRONG), ("others", label.s <= STRONG)):
+        some = members.nonzero()[torch.randperm(int(members.sum()), generator=generator)[:1000], 0]
+        for gain, by_layer in gains.items():
+            vectors = W[some] * by_layer.repeat_interleave(len(W) // len(mlps), 0)[some]
+            kept = (method.decode(vectors, E, k=1).ids[:, :, 0] == label.token[some, None]).any(1)
+            rows.append((group, gain, len(some), kept.float().mean().item()))
+    return pd.DataFrame(rows, columns=["labels", "gain", "neurons", "kept"])
+
+
+def z_scores(W: Tensor, E: Tensor, logits: Tensor) -> Tensor:
+    """[n, 2]: top logits of W and of -W [n, 2] in standard deviations from the mean over the vocabulary."""
+    W, E = W.double(), E.double()
+    centre, second = W @ E.mean(0), (W @ (E.T @ E / len(E)) * W).sum(1)
+    return (logits - torch.stack([centre, -centre], 1)) / (second - centre.square()).sqrt()[:, None]
+
+
+def pick(ids: Tensor, z: Tensor, words: Tensor, width: int) -> pd.DataFrame:
+    """The neurons with the highest z whose top token, of +w or -w (ids, z [L f, 2]), is a word."""
+    best, end = torch.where(words[ids], z, -torch.inf).max(1)
+    rows = [(i // width, i % width, "+-"[end[i]], ids[i, end[i]].item()) for i in best.topk(NEURONS).indices.tolist()]
+    return pd.DataFrame(rows, columns=["layer", "neuron", "sign", "token"])
+
+
 def decoded(method, model, tokenizer) -> Files:
     E, layers = model.lm_head.weight.detach(), len(method.gated_mlps(model))
-    real = method.decode(all_vectors(method, model), E, k=5)
-    tensors = {"ids": real.ids.to(torch.uint16), "s": real.s.half(), "z": real.z.half()}
-    rows = []
-    for variant in method.VARIANTS[1:]:
-        other = method.decode(all_vectors(method, model, variant, EVERY), E, k=1)
-        for layer, (mine, raw, s) in enumerate(
-            zip(*(x.chunk(layers) for x in (other.ids[:, :, 0], real.ids[::EVERY, :, 0], other.s)), strict=True)
-        ):
-            either = (mine[:, :, None] == raw[:, None]).any((1, 2)).float().mean().item()
-            same, top = (mine[:, 0] == raw[:, 0]).float().mean().item(), s[:, 0].quantile(0.99).item()
-            rows.append((variant, layer, same, either, top))
-    variants = pd.DataFrame(rows, columns=["variant", "layer", "same", "same_either_sign", "s_99"])
-    rows, points = [], torch.tensor([0.5, 0.99, 0.999])
+    W = all_vectors(method, model)
+    found = method.decode(W, E, k=1)
+    rows, label = quantiles("neurons", 0, found.s, layers), better_end(found)
     for seed in range(3):
-        null = method.decode(method.null_vectors(all_vectors(method, model), "permuted", seed), E, k=1)
-        for layer, s in enumerate(null.s.chunk(layers)):
-            rows += [(seed, layer, sign, *s[:, i].quantile(points).tolist()) for i, sign in enumerate("+-")]
-    nulls = pd.DataFrame(rows, columns=["seed", "layer", "sign", "s_50", "s_99", "s_999"])
-    return {"tensors": tensors}, {"nulls": nulls, "variants": variants}
+        nulls = {"permuted": method.null_vectors(W, "permuted", seed), "mixed": mixed(method, model, seed)}
+        for kind, null in nulls.items():
+            rows += quantiles(kind, seed, method.decode(null, E, k=1).s, layers)
+    words = whole_words(tokenizer, datasets.load("lee").texts)
+    z = z_scores(W, E, found.logits[:, :, 0])
+    return {
+        "labels": {"token": label.token.to(torch.uint16), "s": (label.s * label.sign).half()},
+        "specialisation": pd.DataFrame(rows, columns=["kind", "seed", "layer", "end", "s_50", "s_99", "s_999"]),
+        "writes": written(method, model, label),
+        "texts": on_texts(method, model, tokenizer, label),
+        "gains": gained(method, model, label),
+        "chosen": pick(found.ids[:, :, 0], z, words, len(W) // layers),
+    }
 
 
-def pick(stored: dict[str, Tensor], words: Tensor, width: int, n: int) -> list[tuple[int, int, int, int]]:
-    """(layer, neuron, sign, token) of the n neurons with the highest z whose top token, of +w or -w, is a word."""
-    top = stored["ids"][:, :, 0].long()  # [L f, 2]
-    z, sign = torch.where(words[top], stored["z"].float(), -torch.inf).max(1)
-    return [(i // width, i % width, sign[i].item(), top[i, sign[i]].item()) for i in z.topk(n).indices.tolist()]
+# --- clamp
 
 
 def ranges(model, names: list[str], ids: Tensor) -> dict[str, Tensor]:
@@ -94,48 +221,85 @@ def ranges(model, names: list[str], ids: Tensor) -> dict[str, Tensor]:
 
 
 def gates(model, names: list[str], ids: Tensor) -> dict[str, Tensor]:
-    """Mean over prompts and positions of |SiLU(g_j)| in every MLP named, [f]."""
+    """SiLU(g_j) at the last position of every prompt in every MLP named, [N, f]."""
     with torch.no_grad(), hooks.record(model, [f"{name}.gate_proj" for name in names]) as acts:
         model(input_ids=ids, logits_to_keep=1)
-    return {name: torch.nn.functional.silu(acts[f"{name}.gate_proj"]).abs().mean((0, 1)) for name in names}
+    return {name: torch.nn.functional.silu(acts[f"{name}.gate_proj"][:, -1]) for name in names}
 
 
-def clamped(method, model, tokenizer) -> Files:
+def on_half_b(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with `toward` added: the dose, positive in the direction that at +-4 raised change_A more."""
+    keys, at = ["site", "role", "case"], table[table.dose.abs() == 4]
+    direction = at.sort_values("change_A").groupby(keys).dose.last().rename("direction") / 4
+    joined = table.join(direction, on=keys).eval("toward = dose * direction")
+    return joined.drop(columns="direction")
+
+
+def study(method, model, tokenizer) -> pd.DataFrame:
     lee, mlps = datasets.load("lee"), method.gated_mlps(model)
     width = method.neuron_vectors(model, 0).shape[0]
-    chosen = pick(papers.tensors(NAME), whole_words(tokenizer, lee.texts), width, NEURONS)
+    chosen = list(papers.results(NAME, "chosen").itertuples(index=False))
     prompts = torch.tensor(tokenizer([*method.HALF_A, *method.HALF_B])["input_ids"])
     half = len(method.HALF_A)
-    used = [mlps[layer] for layer in sorted({layer for layer, *_ in chosen})]
-    size, gate = ranges(model, used, chunks(lee.texts, tokenizer)[:16]), gates(model, used, prompts)
+    used = [mlps[layer] for layer in sorted({case.layer for case in chosen})]
+    size, gate = ranges(model, used, chunks(lee.texts, tokenizer)[:16]), gates(model, used, prompts[half:])
     clean = method.log_p(model, prompts)  # [12, V]
-    unit, rows = torch.nn.functional.normalize, []
+    rows: list[tuple] = []
     for i, (layer, neuron, sign, token) in enumerate(chosen):
         others = torch.randperm(width, generator=torch.Generator().manual_seed(i)).tolist()
         controls = [j for j in others if j != neuron][:3]
-        unrelated = next(t for *_, t in (chosen * 2)[i + 1 :] if t != token)
-        e = unit(model.lm_head.weight.detach()[token], dim=0)
+        unrelated = next(case.token for case in (chosen * 2)[i + 1 :] if case.token != token)
+        e = model.lm_head.weight.detach()[token]
         for site, role, j in [(s, r, j) for s in ("up", "product") for r, j in enumerate([neuron, *controls])]:
             doses = DOSES if role < 2 and site == "up" else DOSES[2:4]
             c = torch.tensor(doses) * size[site, mlps[layer]][neuron]  # controls too are held at the neuron's own c
-            change = method.held_log_p(model, prompts, layer, j, c, site) - clean
-            write = unit(method.neuron_vectors(model, layer, "down_proj")[j], dim=0)
-            facts = (gate[mlps[layer]][j].item(), (write @ e).item())
-            for target, name in ((token, "neuron" if role == 0 else f"control {role}"), (unrelated, "unrelated token")):
-                if name == "unrelated token" and role:
-                    continue
+            change = method.held_log_p(model, prompts, layer, j, c, site=site) - clean
+            along = (method.neuron_vectors(model, layer, "down_proj")[j] @ e).item()
+            facts = (gate[mlps[layer]][:, j].mean().item(), gate[mlps[layer]][:, j].sign().unique().numel() > 1, along)
+            names = {token: ROLES[role]} | ({} if role else {unrelated: "another token"})
+            for target, name in names.items():
                 for dose, value, by_prompt in zip(doses, c.tolist(), change[:, :, target], strict=True):
                     a, b = by_prompt[:half].mean().item(), by_prompt[half:].mean().item()
-                    rows.append((i, layer, j, "+-"[sign], site, name, target, dose, value, a, b, *facts))
+                    rows.append((i, layer, j, sign, site, name, target, dose, value, a, b, *facts))
         print("neuron", i, flush=True) if i % 10 == 9 else None
-    columns = "case layer neuron sign site role token dose c change_A change_B gate write".split()
-    return {}, {"clamp": pd.DataFrame(rows, columns=columns)}
+    columns = "case layer neuron sign site role token dose c change_A change_B gate_B gate_turns write".split()
+    return on_half_b(pd.DataFrame(rows, columns=columns))
 
 
-def tuned(method, model, tokenizer) -> Files:
-    lee = datasets.load("lee")
-    train, test = chunks(lee.texts, tokenizer), chunks(lee.test, tokenizer)[:24]
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+def answers(model, tokenizer) -> list[tuple[int, str, str]]:
+    """(number, prompt, what the model says to it, greedily)."""
+    chats = [[{"role": "user", "content": prompt}] for prompt in ASKED]
+    form = {"tokenize": False, "add_generation_prompt": True}
+    texts = [*BEGUN, *(tokenizer.apply_chat_template(chat, **form) for chat in chats)]
+    ids = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+    out = model.generate(**ids, max_new_tokens=12, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    said = tokenizer.batch_decode(out[:, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+    return list(zip(range(len(texts)), (*BEGUN, *ASKED), said, strict=True))
+
+
+def asked(method, model, tokenizer) -> pd.DataFrame:
+    """What is said free, with the dog neuron held, and with each of others of its layer held at the same constant."""
+    layer, dog = DOG
+    width = method.neuron_vectors(model, layer).shape[0]
+    order = torch.randperm(width, generator=torch.Generator().manual_seed(0)).tolist()
+    rows = [("free", -1, *answer) for answer in answers(model, tokenizer)]
+    for site, c in ANSWER_C.items():
+        for neuron in [dog, *[j for j in order if j != dog][:OTHERS]]:
+            with method.held(model, layer, neuron, c, site=site):
+                rows += [(site, neuron, *answer) for answer in answers(model, tokenizer)]
+        print("answers", site, flush=True)
+    return pd.DataFrame(rows, columns=["site", "neuron", "number", "prompt", "said"])
+
+
+def clamped(method, model, tokenizer) -> Files:
+    return {"clamp": study(method, model, tokenizer), "answers": asked(method, model, tokenizer)}
+
+
+# --- tune
+
+
+def tune(model, train: Tensor, test: Tensor) -> list[float]:
+    """All weights, STEPS steps; the loss on the test texts before and after."""
 
     def loss(ids: Tensor) -> Tensor:
         return model(input_ids=ids, labels=ids).loss
@@ -157,23 +321,56 @@ def tuned(method, model, tokenizer) -> Files:
         if step % 10 == 9:
             print("step", step + 1, flush=True)
     model.eval()
-    losses.append(test_loss())
+    return [*losses, test_loss()]
+
+
+def share_kept(top: Tensor, s: Tensor, tuned: Tensor, noisy: Tensor) -> dict[str, float]:
+    """Of the top tokens of +w: top, s, tuned [L f], noisy [3, L f / EVERY]."""
+    kept, same = tuned == top, noisy == top[::EVERY]
+    by_seed = {f"kept under noise, seed {seed}": rows.float().mean().item() for seed, rows in enumerate(same)}
+    return {"kept": kept.float().mean().item(), "kept, s > 0.3": kept[s > STRONG].float().mean().item(), **by_seed,
+            "chance agreement": (top.bincount() / len(top)).square().sum().item()}  # fmt: skip
+
+
+def growing(method, model, label: Label) -> pd.DataFrame:
+    """Share of labels that stay under Gaussian noise on neurons and LM head, by its size and s; 600 neurons each."""
+    E, generator = model.lm_head.weight.detach(), torch.Generator().manual_seed(0)
+    W, rows = all_vectors(method, model) * label.sign[:, None], []
+    for name, group in (("s > 0.3", label.s > STRONG), ("others", label.s <= STRONG)):
+        some = group.nonzero()[torch.randperm(int(group.sum()), generator=generator)[:600], 0]
+        noise = [torch.randn(x.shape, generator=generator) * x.norm() / x.numel() ** 0.5 for x in (W[some], E)]
+        for size in SIZES:
+            top = method.decode(W[some] + size * noise[0], E + size * noise[1], k=1).ids[:, 0, 0]
+            rows.append((name, size, (top == label.token[some]).float().mean().item()))
+    return pd.DataFrame(rows, columns=["labels", "noise", "kept"])
+
+
+def tuned(method, model, tokenizer) -> Files:
+    lee, E = datasets.load("lee"), model.lm_head.weight.detach()
+    base = method.decode(all_vectors(method, model), E, k=1)
+    under_noise = growing(method, model, better_end(base))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    losses = tune(model, chunks(lee.texts, tokenizer), chunks(lee.test, tokenizer)[:24])
     names = [f"{mlp}.up_proj.weight" for mlp in method.gated_mlps(model)] + ["model.embed_tokens.weight"]
     after = dict(model.named_parameters())
     change = torch.stack([(after[name].detach() - before[name]).norm() for name in names])
-    ids = method.decode(all_vectors(method, model), model.lm_head.weight.detach(), k=1).ids[:, 0, 0]
+    ids = method.decode(all_vectors(method, model), E, k=1).ids[:, 0, 0]
     noisy = []
     for seed in range(3):
         generator = torch.Generator().manual_seed(seed)
         for name, size in zip(names, change, strict=True):
-            noise = torch.randn(before[name].shape, generator=generator)
-            after[name].data.copy_(before[name] + noise * (size / noise.norm()))
-        found = method.decode(all_vectors(method, model, every=EVERY), model.lm_head.weight.detach(), k=1)
-        noisy.append(found.ids[:, 0, 0])
+            random = torch.randn(before[name].shape, generator=generator)
+            after[name].data.copy_(before[name] + random * (size / random.norm()))
+        noisy.append(method.decode(all_vectors(method, model, every=EVERY), E, k=1).ids[:, 0, 0])
     relative = change / torch.stack([before[name].norm() for name in names])
-    found = {"ids": ids.to(torch.uint16), "noise_ids": torch.stack(noisy).to(torch.uint16),
-             "relative_change": relative, "test_loss": torch.tensor(losses)}  # fmt: skip
-    return {"tuned": found}, {}
+    did = {
+        "loss before": losses[0],
+        "loss after": losses[1],
+        "change of the up-projections": relative[:-1].mean().item(),
+        "change of the embedding": relative[-1].item(),
+        **share_kept(base.ids[:, 0, 0], base.s[:, 0], ids, torch.stack(noisy)),
+    }
+    return {"tuning": pd.DataFrame(did.items(), columns=["what", "value"]), "noise": under_noise}
 
 
 PARTS = {"decode": decoded, "clamp": clamped, "tune": tuned}
@@ -183,13 +380,13 @@ def build(out: Path, part: str) -> list[Path]:
     method, paths = papers.method(NAME), []
     for name in PARTS if part == "all" else (part,):
         runtime.deterministic(seed=0)
-        tensors, tables = PARTS[name](method, models.load("smollm2"), models.tokenizer("smollm2"))
-        for file, values in tensors.items():
-            paths.append(out / f"{file}.safetensors")
-            write_tensors(paths[-1], values)
-        for file, table in tables.items():
-            paths.append(out / f"{file}.csv")
-            write_table(paths[-1], table, float_format="%.6g")
+        for file, values in PARTS[name](method, models.load("smollm2"), models.tokenizer("smollm2")).items():
+            if isinstance(values, pd.DataFrame):
+                paths.append(out / (f"{file}.csv.gz" if file == "clamp" else f"{file}.csv"))
+                write_table(paths[-1], values, float_format="%.6g")
+            else:
+                paths.append(out / f"{file}.safetensors")
+                write_tensors(paths[-1], values)
     return paths
 
 
