@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from nbkit import hooks, models, neurons, papers
+from nbkit import hooks, models, neurons, papers, recipes
 from nbkit.errors import LayerNotFound, NotFinite
 
 method = papers.method("neuron-path")
+recipe = recipes.load("papers/neuron-path/recipe.py")
 LAYERS = [f"blocks.{i}.mlp.act" for i in range(3)]
 WIDTH = 10
 
@@ -56,7 +57,7 @@ def test_score_of_a_linear_function_is_sum_times_sum_and_of_a_product_holds_cros
 
 def test_one_unit_is_complete_in_the_limit():
     model, unit = vit(), torch.full((3, 1, 1), 4)
-    without = method.edited_logits(model, x, LAYERS[1:2], 1 - method.chosen_units(unit, WIDTH).double())
+    without = method.edited_logits(model, x, LAYERS[1:2], method.chosen_units(unit, WIDTH))
     gap = method.probability(model(x), y) - method.probability(without, y)
     errors = [(method.joint_score(model, x, y, LAYERS[1:2], unit, m) - gap).abs().max() for m in (10, 1000)]
     assert errors[1] < 0.02 * errors[0] and errors[1] < 1e-2 * gap.abs().min()
@@ -84,29 +85,42 @@ def test_influence_is_the_mean_derivative_along_the_image_and_ig_the_search_with
     alone = [neurons.neuron_path(model, x, y, layers=[layer], steps=4).path for layer in LAYERS]
     assert torch.equal(single.argmax(2), torch.cat(alone, 1))
     assert torch.equal(method.scores_by("activation", model, x, y, LAYERS), method.record_rows(model, x, LAYERS))
-    a, b = (method.scores_by("random", model, x, y, LAYERS, seed=seed) for seed in (3, 3))
+    searched = method.scores_by("neuron path", model, x, y, LAYERS, m=4, k=2).topk(2).indices
+    assert torch.equal(searched, method.search_path(model, x, y, LAYERS, m=4, k=2)[0])
+    a, b = (recipe.scored(method, model, x, y, LAYERS, "random", seed=seed) for seed in (3, 3))
     assert torch.equal(a, b) and a.shape == (3, 3, WIDTH)
 
 
 def test_edits_touch_the_chosen_units_of_the_class_token_alone():
     model = vit()
     chosen = method.chosen_units(torch.tensor([[[1], [2], [3]]]).expand(3, -1, -1), WIDTH)
-    factors = method.edit_factors("remove", chosen)
-    assert factors.sum() == 3 * 3 * (WIDTH - 1) and (factors[:, 1, 2] == 0).all()
-    with hooks.edit(model, {name: hooks.zero([u], positions=0) for name, u in zip(LAYERS, (1, 2, 3), strict=True)}):
+    places = list(zip(LAYERS, (1, 2, 3), strict=True))
+    for by in (0.0, 2.0):
+        with hooks.edit(model, {name: hooks.scale([unit], by, positions=0) for name, unit in places}):
+            expected = model(x)
+        torch.testing.assert_close(method.edited_logits(model, x, LAYERS, chosen, by), expected)
+    keep_one = {name: hooks.zero([u for u in range(WIDTH) if u != unit], positions=0) for name, unit in places}
+    with hooks.edit(model, keep_one):
         expected = model(x)
-    torch.testing.assert_close(method.edited_logits(model, x, LAYERS, factors), expected)
-    assert (method.edit_factors("enhance", chosen)[chosen] == 2).all()
-    assert torch.equal(method.edit_factors("prune", chosen, 1.0) == 1, chosen)
-    assert (method.edit_factors("prune", chosen, 0.0) == 1).all()
-    half = method.edit_factors("prune", chosen, 0.5, seed=1)
-    assert (half[chosen] == 1).all() and 0.3 < half[~chosen].mean() < 0.7
+    torch.testing.assert_close(method.edited_logits(model, x, LAYERS, ~chosen), expected)
+
+
+def test_pruning_protects_the_chosen_and_drops_others_by_chance():
+    model, path = vit(), torch.tensor([[[1], [2], [3]]]).expand(3, -1, -1)
+    rows = recipe.prune(method, model, x, y, LAYERS, {("path", 1): path, ("nothing", 0): None}, WIDTH)
+    sure = rows[rows.p.isin([0, 1])].set_index(["protected", "p"]).probability
+    clean = method.probability(model(x), y).mean().item()
+    kept = method.edited_logits(model, x, LAYERS, ~method.chosen_units(path, WIDTH))
+    assert sure["path", 0] == pytest.approx(clean) == sure["nothing", 0]
+    assert sure["path", 1] == pytest.approx(method.probability(kept, y).mean().item())
+    assert rows[rows.p == 0.5].groupby("protected").probability.nunique().tolist() == [3, 3]  # three draws
 
 
 def test_counts_and_overlaps_by_hand():
     path = torch.tensor([[[0], [1]], [[0], [2]], [[3], [2]]])
-    M = method.class_counts(path, torch.tensor([0, 0, 1]), 2, 4)
-    assert M[0].tolist() == [[2, 0, 0, 0], [0, 1, 1, 0]] and M[1].tolist() == [[0, 0, 0, 1], [0, 0, 1, 0]]
+    cosines = method.class_similarity(path, torch.tensor([0, 0, 1]), 4)
+    expected = 1 / (6 * 2) ** 0.5  # they share one unit, used once each; lengths sqrt(4 + 1 + 1) and sqrt(2)
+    torch.testing.assert_close(cosines, torch.tensor([[1, expected], [expected, 1]]))
     assert method.overlap(path).tolist() == [[1, 0.5, 0], [0.5, 1, 0.5], [0, 0.5, 1]]
 
 
@@ -115,7 +129,7 @@ def test_a_probe_reads_the_class_token():
         def forward(self, x):
             return type("Output", (), {"last_hidden_state": x})
 
-    probe = method.ClassTokenProbe(2, 3)
+    probe = recipe.ClassTokenProbe(2, 3)
     probe.load_state_dict({"weight": torch.tensor([[1.0, 2], [0, 1], [3, 0]]), "bias": torch.tensor([0.0, 1, 0])})
     net = nn.Sequential(Backbone(), probe)
     assert net(torch.tensor([[[1.0, 1], [9, 9]]])).tolist() == [[3, 2, 3]]
@@ -133,8 +147,8 @@ def test_bad_input_raises_and_changes_nothing():
         (lambda: method.record_rows(model, x, ["patch_embed"]), ValueError),
         (lambda: method.joint_score(model, x, y, LAYERS, torch.full((3, 3, 1), WIDTH)), ValueError),
         (lambda: method.scores_by("loudest", model, x, y, LAYERS), ValueError),
-        (lambda: method.edit_factors("double", torch.zeros(1, 1, 1, dtype=torch.bool)), ValueError),
-        (lambda: method.edit_factors("prune", torch.zeros(1, 1, 1, dtype=torch.bool), 1.5), ValueError),
+        (lambda: method.edited_logits(model, x, LAYERS, torch.ones(3, 2, WIDTH, dtype=torch.bool)), ValueError),
+        (lambda: method.edited_logits(model, x, LAYERS, torch.ones(3, 3, 4, dtype=torch.bool)), RuntimeError),
     ):
         with pytest.raises(error):
             call()

@@ -2,7 +2,7 @@
 
 - images.csv.gz: 200 Fashion-MNIST test images that three tiny-vit seeds all name correctly, five ways to
   choose a unit a layer: the units, their joint score, what removing and doubling them does to probability and logit.
-- units.csv: removing and doubling 1, 5 and 20 units a layer, on 60 of these images.
+- units.csv.gz: removing and doubling 1, 5 and 20 units a layer, on 60 of these images.
 - prune.csv: accuracy of these 60 while unprotected units are zeroed at random.
 - dinov2.csv: the same as the first file for 12 images in a DINOv2-based ViT-S/14 at 98 x 98.
 - dinov2-probe.safetensors: its linear probe on the class token, with its accuracy.
@@ -10,8 +10,8 @@
     python data/papers/neuron-path/recipe.py                 # everything
     python data/papers/neuron-path/recipe.py --part dinov2   # or vit: one half
 
-The functions are the notebook's own method cells; the search runs in nbkit.neurons, which the notebook shows to be
-equal. One thread; twelve minutes of processor time for the tiny ViTs and nine for DINOv2.
+The functions are the notebook's own method cells; the search runs in nbkit.neurons, which a test shows to be equal.
+One thread; twelve minutes of processor time for the tiny ViTs and nine for DINOv2.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ UNITS, ODDS, DRAWS = (1, 5, 20), (0.0, 0.25, 0.5, 0.75, 1.0), 3
 SUBSET = 6  # images a class for more than one unit a layer
 SHOWN = (1, 2, 7, 9)  # trouser, pullover, sneaker, ankle boot: three images each in DINOv2
 SIDE = 98
-LARGE = ("images",)  # rows are compressed
+LARGE = ("images", "units")  # rows are compressed
 
 
 def first_right(right: torch.Tensor, y: torch.Tensor, classes, per_class: int) -> torch.Tensor:
@@ -38,12 +38,27 @@ def first_right(right: torch.Tensor, y: torch.Tensor, classes, per_class: int) -
     return torch.cat([(right & (y == c)).nonzero().flatten()[:per_class] for c in classes])
 
 
+class ClassTokenProbe(torch.nn.Linear):
+    """Logits [N, C] from the class token of what a transformers backbone returns."""
+
+    def forward(self, output) -> torch.Tensor:
+        return super().forward(output.last_hidden_state[:, 0])
+
+
+def scored(method, model, x, y, layers: list[str], how: str, seed: int) -> torch.Tensor:
+    """Scores [B, L, F] of a baseline."""
+    if how != "random":
+        return method.scores_by(how, model, x, y, layers, STEPS)
+    shape = method.record_rows(model, x, layers).shape
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
 def choose(method, model, x, y, layers: list[str], how: str, ks, seed: int) -> dict[int, torch.Tensor]:
     """k -> units [B, L, k] by one of METHODS; a baseline's units for all k come from one set of scores."""
     found: dict[int, list] = {k: [] for k in ks}
     for part in torch.arange(len(x)).split(BATCH):
         if how != "neuron path":
-            scores = method.scores_by(how, model, x[part], y[part], layers, STEPS, seed=1000 * seed + int(part[0]))
+            scores = scored(method, model, x[part], y[part], layers, how, 1000 * seed + int(part[0]))
         for k in ks:
             if how == "neuron path":
                 path = neurons.neuron_path(model, x[part], y[part], layers=layers, steps=STEPS, top_k=k).path
@@ -56,10 +71,8 @@ def choose(method, model, x, y, layers: list[str], how: str, ks, seed: int) -> d
 def effects(method, model, x, y, layers: list[str], path: torch.Tensor, width: int) -> pd.DataFrame:
     """Probability and logit of the true class, clean and edited, and whether it still comes first; a row an image."""
     chosen, columns = method.chosen_units(path, width), {}
-    factors = {"clean": torch.ones(chosen.shape)}
-    factors |= {op: method.edit_factors(op, chosen) for op in ("remove", "enhance")}
-    for name, factor in factors.items():
-        z = method.edited_logits(model, x, layers, factor)
+    for name, by in {"clean": 1.0, "remove": 0.0, "enhance": 2.0}.items():
+        z = method.edited_logits(model, x, layers, chosen, by)
         columns[f"p_{name}"] = method.probability(z, y)
         columns[f"z_{name}"] = z.gather(1, y[:, None])[:, 0]
         columns[f"right_{name}"] = (z.argmax(1) == y).int()
@@ -79,10 +92,10 @@ def prune(method, model, x, y, layers: list[str], protected: dict, width: int) -
     for (how, k), path in protected.items():
         for p in ODDS:
             for draw in range(1 if p in (0, 1) else DRAWS):
-                chosen = torch.zeros(len(x), len(layers), width, dtype=torch.bool)
-                chosen = chosen if path is None else method.chosen_units(path, width)
-                factors = method.edit_factors("prune", chosen, p, seed=draw)
-                z = method.edited_logits(model, x, layers, factors)
+                dropped = torch.rand(len(x), len(layers), width, generator=torch.Generator().manual_seed(draw)) < p
+                if path is not None:
+                    dropped &= ~method.chosen_units(path, width)
+                z = method.edited_logits(model, x, layers, dropped)
                 accuracy, mean = (z.argmax(1) == y).float().mean().item(), method.probability(z, y).mean().item()
                 rows.append((how, k, p, draw, accuracy, mean))
     return pd.DataFrame(rows, columns=["protected", "k", "p", "draw", "accuracy", "probability"])
@@ -140,7 +153,7 @@ def dinov2(method) -> tuple[dict[str, pd.DataFrame], dict[str, torch.Tensor]]:
     data, backbone = datasets.load("fashion-mnist"), models.load("dinov2-small")
     prepare = models.transform("dinov2-small", size=SIDE, resize=SIDE)
     fitted = probe(backbone, prepare, data)
-    linear = method.ClassTokenProbe(384, 10)
+    linear = ClassTokenProbe(384, 10)
     linear.load_state_dict({name: fitted[name] for name in ("weight", "bias")})
     net = torch.nn.Sequential(backbone, linear).eval()
     some = first_right(torch.ones(2000, dtype=torch.bool), data.y_test, SHOWN, 10)
