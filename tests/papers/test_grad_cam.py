@@ -58,6 +58,14 @@ def test_on_efficientnet_it_is_captums_map(layer):
     assert (L - theirs[:, 0].detach()).abs().max() < 1e-5 * L.max()
 
 
+def test_it_works_where_the_caller_wants_no_gradients_and_on_frozen_weights():
+    model = net()
+    expected, _ = grad_cam.grad_cam(model, x, 1, layer="1")
+    model.requires_grad_(False)
+    with torch.no_grad():
+        torch.testing.assert_close(grad_cam.grad_cam(model, x, 1, layer="1")[0], expected)
+
+
 def test_with_pooling_and_a_linear_head_it_is_cam_divided_by_z():
     model = net()
     L, alpha = grad_cam.grad_cam(model, x, 1, layer="3")

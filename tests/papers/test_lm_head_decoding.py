@@ -63,6 +63,14 @@ def test_decoding_agrees_with_the_full_table_whatever_the_chunk():
     torch.testing.assert_close(recipe.z_scores(W, E, found.logits[:, :, 0]), both)
 
 
+def test_rows_of_zeros_have_cosine_zero_and_spoil_no_other():
+    E, W = torch.eye(4), torch.tensor([[0.0, 0, 0, 0], [3, 4, 0, 0]])
+    E[3] = 0  # a token that was never trained
+    found = method.decode(W, E, k=1)
+    torch.testing.assert_close(found.s, torch.tensor([[0.0, 0], [0.8, 0]]))
+    assert found.ids[1, 0] == 1
+
+
 def test_a_label_is_read_at_the_end_nearer_to_a_token():
     E = torch.eye(4).double()
     label = recipe.better_end(method.decode(torch.tensor([[0.9, -0.1, 0, 0], [0.1, 0, -2, 0.3]]).double(), E, k=2))
