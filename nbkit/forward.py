@@ -3,6 +3,7 @@
 Every method of the kit is a function of (model, inputs, target). What those three may be is said here, once:
 
 - ``inputs``: a tensor ``[N, ...]``, or a dict of tensors passed as keyword arguments (as transformers models take).
+  Axis 0 of each is the examples; a tensor of length 1 there, such as position ids ``[1, T]``, serves all of them.
 - the model's output: a tensor, or a tuple / dict / ``ModelOutput`` whose ``logits`` (else first) tensor is used.
 - ``target``: ``None`` (the class each example is given), an int, a tensor of ints ``[N]``, or a callable on the
   model's output that returns one score an example, ``[N]``.
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Integral
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +29,22 @@ Target = None | int | Tensor | Callable[[Any], Tensor]
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """Run the model in evaluation mode; every submodule gets back the mode it had, also after an exception."""
+    """Run the model in evaluation mode; every submodule gets back the mode it had, also after an exception.
+
+    Raises: TypeError where a backward pass inside runs a part again (activation checkpointing) that does not allow it.
+    """
     modes = [(m, m.training) for m in model.modules()]
     try:
         if any(mode for _, mode in modes):
             model.eval()
         yield model
+    except RuntimeError as error:
+        if "checkpoint" not in f"{type(error).__module__}{error}":
+            raise
+        raise TypeError(
+            f"{type(model).__name__} uses activation checkpointing, which does not go with this method; switch it off "
+            "(transformers: model.gradient_checkpointing_disable())"
+        ) from error
     finally:
         for module, mode in modes:
             if module.training != mode:
@@ -53,9 +65,10 @@ def requiring_grad(parameters: Iterable[Tensor], needed: bool) -> Iterator[None]
 
 
 def check_inputs(inputs: Inputs, *, name: str = "inputs") -> Inputs:
-    """Return ``inputs`` unchanged, or raise.
+    """Return ``inputs`` unchanged, or raise. An additive mask in a dict, of 0 and -inf, is fine.
 
-    Raises: TypeError (neither tensor nor dict of tensors), ValueError (no examples, no values), NotFinite (NaN or inf).
+    Raises: TypeError (neither tensor nor dict of tensors), ValueError (no examples, no values, axis 0 of different
+    lengths), NotFinite (NaN or inf).
     """
     tensors = inputs.items() if isinstance(inputs, Mapping) else [(name, inputs)]
     tensors = [(k, v) for k, v in tensors if isinstance(v, Tensor) or not isinstance(inputs, Mapping)]
@@ -66,23 +79,68 @@ def check_inputs(inputs: Inputs, *, name: str = "inputs") -> Inputs:
             raise TypeError(f"{name} must be a tensor or a dict of tensors, not {type(value).__name__}")
         if value.ndim == 0 or value.shape[0] == 0:
             raise ValueError(f"{key} is empty: its shape is {tuple(value.shape)}, and axis 0 must hold examples")
-        # the sum of finite values is finite unless it overflows, and is much cheaper than looking at each
         if value.is_meta:
             raise ValueError(f"{key} is on the device meta, which holds shapes and no values")
+        # the sum of finite values is finite unless it overflows, and is much cheaper than looking at each
         if value.is_floating_point() and not value.sum().isfinite() and not torch.isfinite(value).all():
-            bad = (~torch.isfinite(value)).sum().item()
-            raise NotFinite(f"{key} holds {bad} NaN or infinite values of {value.numel()}")
+            bad = ~torch.isfinite(value)
+            if not isinstance(inputs, Mapping) or not (value[bad] == -torch.inf).all() or value[~bad].any():
+                raise NotFinite(f"{key} holds {bad.sum().item()} NaN or infinite values of {value.numel()}")
+    lengths = {key: len(value) for key, value in tensors}
+    odd = [key for key, length in lengths.items() if length not in (1, max(lengths.values()))]
+    if odd:
+        raise ValueError(
+            f"axis 0 of every tensor must hold the examples, or have length 1; here are {lengths}. A tensor that all "
+            f"examples share ({', '.join(odd)}, or the others?) goes in once an example, t.expand(n, *t.shape), or "
+            "bound inside a module around the model"
+        )
     return inputs
 
 
+_CHECKED: WeakKeyDictionary[nn.Module, set] = WeakKeyDictionary()  # what check_examples saw of a model already
+
+
+def check_examples(model: nn.Module, inputs: Inputs) -> None:
+    """Raise ValueError where axis 0 of a dict's tensors is not the examples: the first alone is answered otherwise.
+
+    Lengths cannot tell class prototypes ``[C, D]`` or a mask ``[T, T]`` from examples where C or T happens to be N.
+    So the model runs on one and on two of them, once for tensors of these names and lengths.
+    """
+    n = batch_size(inputs)
+    tensors = inputs.items() if isinstance(inputs, Mapping) else ()
+    names = tuple(key for key, value in tensors if isinstance(value, Tensor) and len(value) == n)
+    if n < 2 or len(names) < 2 or (names, n) in _CHECKED.setdefault(model, set()):
+        return
+    one, two = (_answer(model, take(inputs, slice(0, size))) for size in (1, 2))
+    if one is None and two is None:
+        return  # the method's own call will say what is wrong
+    fits = one is not None and two is not None and one.shape[1:] == two.shape[1:] and len(two) == 2 * len(one)
+    if not fits or not torch.allclose(two[: len(one)], one, rtol=1e-2, atol=1e-3 * float(one.abs().max())):
+        raise ValueError(
+            f"one of {', '.join(map(repr, names))}, all of length {n}, does not hold an example a row: the model "
+            "answers the first example otherwise when it comes alone. Give what all examples share once an example, "
+            "t.expand(n, *t.shape), or bind it inside a module around the model"
+        )
+    _CHECKED[model].add((names, n))
+
+
+def _answer(model: nn.Module, inputs: Inputs) -> Tensor | None:
+    try:
+        with evaluating(model), torch.no_grad():
+            return first_tensor(call(model, inputs)).float()
+    except (RuntimeError, ValueError, IndexError):
+        return None
+
+
 def check_device(model: nn.Module, inputs: Inputs) -> None:
-    """Raise ValueError where model and inputs live on different devices."""
+    """Raise ValueError where model and inputs live on different devices, or as :func:`check_examples`."""
     where = {p.device for p in model.parameters()} | {b.device for b in model.buffers()}
     tensors = inputs.values() if isinstance(inputs, Mapping) else [inputs]
     for value in tensors:
         if isinstance(value, Tensor) and where and value.device not in where:
             there = ", ".join(sorted(map(str, where)))
             raise ValueError(f"inputs are on {value.device} but the model is on {there}; move one with .to(...)")
+    check_examples(model, inputs)
 
 
 @contextmanager
@@ -99,16 +157,18 @@ def naming_types(model: nn.Module, x: Tensor) -> Iterator[None]:
 
 
 def batch_size(inputs: Inputs) -> int:
-    """Number of examples: the length of axis 0 of the (first) tensor."""
-    value = next(v for v in inputs.values() if isinstance(v, Tensor)) if isinstance(inputs, Mapping) else inputs
-    return value.shape[0]
+    """Number of examples: the length of axis 0, in a dict of the longest."""
+    if isinstance(inputs, Mapping):
+        return max(len(v) for v in inputs.values() if isinstance(v, Tensor) and v.ndim)
+    return inputs.shape[0]
 
 
 def take(inputs: Inputs, index: Any) -> Inputs:
-    """The examples ``index`` (slice or integer tensor) of ``inputs``, for a tensor or a dict of tensors alike."""
-    if isinstance(inputs, Mapping):
-        return {k: v[index] if isinstance(v, Tensor) else v for k, v in inputs.items()}
-    return inputs[index]
+    """The examples ``index`` (slice or integer tensor) of ``inputs``; a dict's tensor of length 1 serves them all."""
+    if not isinstance(inputs, Mapping):
+        return inputs[index]
+    n = batch_size(inputs)
+    return {k: v[index] if isinstance(v, Tensor) and v.ndim and len(v) == n else v for k, v in inputs.items()}
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:
@@ -200,7 +260,7 @@ def resolve_target(output: Any, target: Target) -> Target:
 
 
 def scores(output: Any, target: Target) -> Tensor:
-    """One score an example, ``[N]``: the target's logit, or what the callable returns.
+    """One score an example, ``[N]``: the target's logit, or what the callable returns; in float32 or better.
 
     Raises: as ``resolve_target``; ValueError where a callable does not return one value an example.
     """
@@ -211,5 +271,10 @@ def scores(output: Any, target: Target) -> Tensor:
         if not isinstance(result, Tensor) or result.ndim != 1 or result.shape[0] != values.shape[0]:
             shape = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
             raise ValueError(f"a target callable must return [N] = [{values.shape[0]}] scores, not {shape}")
-        return result
-    return values.gather(1, target[:, None]).squeeze(1)
+        return wide(result)
+    return wide(values.gather(1, target[:, None]).squeeze(1))
+
+
+def wide(x: Tensor) -> Tensor:
+    """The same numbers in a type in which sums and squares keep their digits: half precisions become float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

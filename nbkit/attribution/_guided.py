@@ -68,9 +68,31 @@ class _GuidedRules(LocatedRules):
             self.refuse(f"guided backpropagation is defined for ReLU, not for {name}")
         top = relu_ceiling(name, args, kwargs)
         if top is None:
+            if _masks_itself(name, args):
+                self.refuse(f"a ReLU spelled as {name}() has no guided rule; write torch.relu")
             return func(*args, **kwargs)
         self.met = True
         return finish(func, args, kwargs, _GuidedReLU.apply(args[0], top))
+
+
+def _zeros(value: Any) -> bool:
+    return isinstance(value, Tensor) and not value.requires_grad and not value.any()
+
+
+def _masks_itself(name: str, args: tuple) -> bool:
+    """Whether this is ``where(x > 0, x, 0)``, ``x * (x > 0)`` or ``maximum(0, x)``."""
+    if len(args) < 2 or not isinstance(args[1], Tensor):
+        return False
+    if name in ("maximum", "max"):
+        return _zeros(args[0]) and _varies(args[1])
+    if name == "where" and len(args) == 3:
+        mask, x = args[:2]
+    elif name in ("mul", "__mul__", "multiply"):
+        x, mask = args
+    else:
+        return False
+    same = isinstance(x, Tensor) and isinstance(mask, Tensor) and _varies(x) and mask.shape == x.shape
+    return same and not mask.requires_grad and torch.equal(mask.to(x.dtype), (x > 0).to(x.dtype))
 
 
 def relu_ceiling(name: str, args: tuple, kwargs: dict) -> float | None:
@@ -79,6 +101,10 @@ def relu_ceiling(name: str, args: tuple, kwargs: dict) -> float | None:
         return math.inf
     if name == "relu6":
         return 6.0
+    if name in ("threshold", "_threshold") and list(args[1:3]) == [0, 0] and _varies(args[0]):
+        return math.inf
+    if name in ("maximum", "max") and len(args) == 2 and _varies(args[0]) and _zeros(args[1]):
+        return math.inf
     if name in ("hardtanh", "clamp", "clip", "clamp_min"):
         names = {"hardtanh": ("min_val", "max_val"), "clamp_min": ("min",)}.get(name, ("min", "max"))
         given = {**dict(zip(names, args[1:], strict=False)), **kwargs}

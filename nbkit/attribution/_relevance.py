@@ -216,7 +216,8 @@ class _RelevanceRules(LocatedRules):
             if rule == "gamma":
                 share = op(a, w, b) + self.gamma * share
         value = share.detach()
-        ratio = z / (value + torch.where(value < 0, -self.epsilon, self.epsilon))
+        wide = forward.wide(value)  # half precision has no such small epsilon
+        ratio = (z / (wide + torch.where(wide < 0, -self.epsilon, self.epsilon))).to(value.dtype)
         # a denominator of exactly zero has nothing to hand on
         return z + (share - value) * torch.where(ratio.isfinite(), ratio, 0)
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nbkit import forward
 from nbkit.errors import NotFinite
 
 
 def finite(maps: Tensor) -> Tensor:
-    """The maps detached on the CPU as floats. Raises TypeError, ValueError (empty), NotFinite."""
+    """The maps detached on the CPU, in float32 or better. Raises TypeError, ValueError (empty), NotFinite."""
     if not isinstance(maps, Tensor):
         raise TypeError(f"maps must be a tensor, not {type(maps).__name__}")
     maps = maps.detach().cpu()
     if maps.ndim < 2 or maps.numel() == 0:
         raise ValueError(f"maps must be [N, ...] with at least one value, not {tuple(maps.shape)}")
-    maps = maps if maps.is_floating_point() else maps.float()
+    maps = forward.wide(maps)
     if not torch.isfinite(maps).all():
         raise NotFinite(f"maps hold {(~torch.isfinite(maps)).sum().item()} NaN or infinite values")
     return maps

@@ -137,4 +137,9 @@ def scoring_name(scoring: Any) -> str:
 
 
 def _cpu(values: Any) -> Any:
-    return values.detach().cpu() if hasattr(values, "detach") else values
+    if hasattr(values, "toarray"):  # scipy's sparse tables
+        return values.toarray()
+    if not hasattr(values, "detach"):
+        return values
+    values = values.detach().cpu()
+    return values.float() if str(values.dtype) == "torch.bfloat16" else values  # NumPy has no bfloat16

@@ -12,7 +12,7 @@ from nbkit import forward, hooks
 from nbkit._rows import batches, explained, target_of
 from nbkit.errors import NotFinite
 from nbkit.hooks._attach import attach
-from nbkit.neurons._sites import check, observe, reduced, site
+from nbkit.neurons._sites import check, check_axes, observe, reduced, site
 
 
 @forward.outside_inference_mode
@@ -114,7 +114,9 @@ def rows_and_gradients(
             acts[name]
     finally:
         undo()
-    where = site(module, name, leaves[0], positions, forward.batch_size(inputs))
+    n = forward.batch_size(inputs)
+    check_axes(model, inputs, {name: leaves[0]}, n)
+    where = site(module, name, leaves[0], positions, n)
     grad = None
     if score.requires_grad:
         (grad,) = torch.autograd.grad(score, leaves[0], torch.ones_like(score), allow_unused=True)

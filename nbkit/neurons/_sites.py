@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -102,8 +103,32 @@ def observe(
         acts = stack.enter_context(hooks.record(model, names, to=None))
         output = forward.call(model, inputs)
     n = forward.batch_size(inputs)
+    check_axes(model, inputs, acts, n)
     sites = [site(modules[name], name, acts[name], positions, n, whole_maps=whole_maps) for name in names]
     return Observed(output, sites, [s.rows(acts[s.name]) for s in sites], ran)
+
+
+_COUNTED: WeakKeyDictionary[nn.Module, set] = WeakKeyDictionary()  # layers and lengths looked at already
+
+
+def check_axes(model: nn.Module, inputs: forward.Inputs, acts: Mapping[str, Tensor], n: int) -> None:
+    """Raise ValueError for a layer whose axis 0 has the length of the examples and counts something else.
+
+    Steps of time, or rows of a parameter, happen to be as many: for one example there would be one row, and is not.
+    """
+    seen = _COUNTED.setdefault(model, set())
+    doubtful = [name for name, act in acts.items() if n > 1 and act.shape[0] == n and (name, n) not in seen]
+    if not doubtful:
+        return
+    with forward.evaluating(model), torch.no_grad(), hooks.record(model, doubtful, to=None) as alone:
+        forward.call(model, forward.take(inputs, slice(0, 1)))
+    for name in doubtful:
+        if name in alone and alone[name].shape[0] != 1:
+            raise ValueError(
+                f"layer {name!r} puts out {tuple(alone[name].shape)} for one example and {tuple(acts[name].shape)} for "
+                f"{n}; axis 0 must count examples"
+            )
+        seen.add((name, n))
 
 
 @contextmanager

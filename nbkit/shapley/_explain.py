@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +12,7 @@ from torch import nn
 
 from nbkit.errors import did_you_mean
 from nbkit.shapley._explanation import Explanation, owners, warn_of_gap
-from nbkit.shapley._game import Game, exact, game
+from nbkit.shapley._game import NUMBERS_AT_ONCE, Game, exact, game
 from nbkit.shapley._gradients import expected_gradients
 from nbkit.shapley._predict import Output
 from nbkit.shapley._trees import Plan, plan, tree_shap
@@ -31,6 +32,7 @@ def explain(
     n_samples: int | None = None,
     tolerance: float = 1e-3,
     batch: int = 16384,
+    output: Output = None,
 ) -> Explanation:
     """Interventional Shapley values of each row of ``X`` [N, P] against the rows of ``background`` [B, P].
 
@@ -59,9 +61,9 @@ def explain(
     - ``auto``: tree where it is exact, else exact up to 8 features, else gradient for a torch module with float
       inputs, else permutation.
 
-    ``batch`` bounds the rows of one model call. The gap between prediction and base value + sum of values is part of
-    the result; an ``AdditivityWarning`` says so where it exceeds ``tolerance``, as a share of the largest
-    |prediction - base value|.
+    ``batch`` bounds the rows of one model call (fewer in wide tables). The gap between prediction and base value + sum
+    of values is part of the result; an ``AdditivityWarning`` says so where it exceeds ``tolerance``, as a share of the
+    largest |prediction - base value|. ``output`` is the old name of ``target``.
 
     Returns an ``Explanation``; ``values`` is [N, P]. Raises: ValueError (other columns in the background, too many
     features, a method that cannot explain this model, an unknown class), IndexError (target out of range), NotFinite
@@ -69,6 +71,9 @@ def explain(
 
     >>> explain(forest, X_test, X_train, target="AD").mean_abs()
     """
+    if output is not None:
+        warnings.warn("explain(output=) is now explain(target=)", FutureWarning, stacklevel=2)
+        target = output if target is None else target
     if method not in METHODS:
         raise ValueError(f"method {method!r} is unknown{did_you_mean(str(method), METHODS)}")
     if n_samples is not None and n_samples < 1:
@@ -160,15 +165,18 @@ def _permutation(played: Game, permutations: int, seed: int) -> np.ndarray:
     steps = np.concatenate([joining, ~joining[1:]])  # ... and then the first k are out again
     sign = np.array([[1.0], [-1.0]])
     result = np.zeros((n, p))
+    together = max(1, NUMBERS_AT_ONCE // steps.size)  # orders whose masks are held at a time
     for i in range(n):
         order, orders = np.arange(p), []
         for _ in range(permutations):
             rng.shuffle(order)
             orders.append(order.copy())
-        masks = np.concatenate([steps[:, np.argsort(o)] for o in orders])
-        v = played.values(np.array([i]), masks).reshape(permutations, 2 * p + 1)
-        for o, change in zip(orders, np.diff(v), strict=True):
-            result[i, o] += (sign * change.reshape(2, p)).sum(0)
+        for start in range(0, permutations, together):
+            some = orders[start : start + together]
+            masks = np.concatenate([steps[:, np.argsort(o)] for o in some])
+            v = played.values(np.array([i]), masks).reshape(len(some), 2 * p + 1)
+            for o, change in zip(some, np.diff(v), strict=True):
+                result[i, o] += (sign * change.reshape(2, p)).sum(0)
     return result / (2 * permutations)
 
 

@@ -15,6 +15,7 @@ from nbkit.errors import NotFinite
 from nbkit.shapley._predict import Output, predictor
 from nbkit.shapley._table import Table, tabulate
 
+NUMBERS_AT_ONCE = 2**22  # of mixed rows, whatever their width: 32 MB
 MAX_EXACT_PLAYERS = 12  # 4,096 coalitions; each more player doubles the model calls and the table of v
 
 
@@ -43,7 +44,7 @@ class Game:
             mine = self._digits[rows] @ masks.T.astype(np.int64)  # [rows, S]
             theirs = self._digits[len(self.table.x) :] @ (~masks).T.astype(np.int64)  # [B, S]
         total = np.zeros(len(x) * coalitions)
-        together = 4 * self.batch
+        together = max(1, min(4 * self.batch, NUMBERS_AT_ONCE // x.shape[1]))
         for start in tqdm(range(0, total.size * others, together), desc="coalitions", delay=3, leave=False):
             cell, b = np.divmod(np.arange(start, min(start + together, total.size * others)), others)
             i, s = np.divmod(cell, coalitions)
@@ -78,6 +79,7 @@ def game(model: Any, X: Any, background: Any, *, target: Output, seed: int, batc
     if batch < 1:
         raise ValueError(f"batch must be at least 1 row, not {batch}")
     table = tabulate(model, X, background, seed)
+    batch = max(1, min(batch, NUMBERS_AT_ONCE // table.x.shape[1]))
     if table.missing and not _may_accept_missing(model):
         raise NotFinite(
             f"NaN or infinite values in {_shown(table.missing)}; {type(model).__name__} is given none"

@@ -69,6 +69,8 @@ def as_frame(values: Any, columns: Any, what: str) -> pd.DataFrame:
             raise ValueError(f"{what} has columns of the same name: {', '.join(twice)}")
         frame = values
     else:
+        if hasattr(values, "toarray"):  # scipy's sparse tables
+            values = values.toarray()
         if isinstance(values, Tensor):  # numpy has no bfloat16
             values = (values.float() if values.dtype == torch.bfloat16 else values).detach().cpu().numpy()
         array = np.asarray(values)
@@ -116,7 +118,7 @@ def _missing(joint: pd.DataFrame) -> dict[str, int]:
 
 
 def _encode(joint: pd.DataFrame) -> tuple[np.ndarray, dict[int, Any]]:
-    """A float64 matrix, and for each column that is not finite numbers the values its codes stand for."""
+    """A float64 matrix, and for each column that is not finite numbers float64 holds the values its codes stand for."""
     import pandas as pd
 
     matrix, lookups = np.empty(joint.shape), {}
@@ -124,26 +126,41 @@ def _encode(joint: pd.DataFrame) -> tuple[np.ndarray, dict[int, Any]]:
         column = joint[name]
         if pd.api.types.is_numeric_dtype(column.dtype) and column.dtype.kind in "biuf":
             numbers = column.to_numpy(dtype=float, na_value=np.nan)
-            if np.isfinite(numbers).all():
+            if np.isfinite(numbers).all() and not _rounded(column):
                 matrix[:, j] = numbers
                 continue
         matrix[:, j], lookups[j] = pd.factorize(column, use_na_sentinel=False)
     return matrix, lookups
 
 
+def _rounded(column: pd.Series) -> bool:
+    """Whether float64 would change some of a column's integers, as it may above 2**53: ids, nanoseconds."""
+    if column.dtype.kind not in "iu":
+        return False
+    return max(abs(int(column.min())), abs(int(column.max()))) > 2**53
+
+
 def _decoder(model: Any, X: Any, joint: pd.DataFrame, lookups: dict[int, Any], *, as_rows: bool):
     import pandas as pd
 
     dtypes = list(joint.dtypes)
-    if isinstance(model, nn.Module) or (isinstance(X, Tensor) and not hasattr(model, "predict")):
-        dtype, where = _tensor_type(model, X, joint)
-        # a copy, as what runs may work in place; in two steps, as mps has no float64
-        return lambda rows: torch.as_tensor(rows).to(dtype, copy=True).to(where)
 
     def column(j: int, values: np.ndarray):
         return (
             lookups[j].take(values.astype(np.intp)) if j in lookups else pd.Series(values).astype(dtypes[j])
         )
+
+    if isinstance(model, nn.Module) or (isinstance(X, Tensor) and not hasattr(model, "predict")):
+        dtype, where = _tensor_type(model, X, joint)
+
+        def tensor(rows: np.ndarray) -> Tensor:
+            # a copy, as what runs may work in place
+            out = torch.as_tensor(rows).to(dtype, copy=True)
+            for j in lookups:
+                out[:, j] = torch.as_tensor(np.array(column(j, rows[:, j]))).to(dtype)
+            return out.to(where)  # in two steps, as mps has no float64
+
+        return tensor
 
     def frame(rows: np.ndarray) -> pd.DataFrame:
         if not lookups and all(d == np.float64 for d in dtypes):

@@ -1,24 +1,19 @@
-"""Tree SHAP through shap, where it explains the very number asked for: probabilities, also behind a Pipeline."""
+"""Tree SHAP through shap, where it explains the very number asked for: probabilities, also behind a Pipeline.
+
+What shap reads out of a model is tried, not looked up: its trees must answer every row, and mixtures of rows, as the
+model does. An objective with a link, a split on categories or a custom start that shap leaves out shows there.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from nbkit.shapley._game import Game
-from nbkit.shapley._predict import class_index
 
-# Whose trees hold the output itself, and whose hold log-odds that shap must turn into a probability.
-_DIRECT = {
-    "DecisionTreeClassifier", "DecisionTreeRegressor", "ExtraTreeClassifier", "ExtraTreeRegressor",
-    "RandomForestClassifier", "RandomForestRegressor", "ExtraTreesClassifier", "ExtraTreesRegressor",
-    "GradientBoostingRegressor", "HistGradientBoostingRegressor", "XGBRegressor", "LGBMRegressor",
-}  # fmt: skip
-_LOG_ODDS = {
-    "GradientBoostingClassifier", "HistGradientBoostingClassifier", "XGBClassifier", "LGBMClassifier",
-}  # fmt: skip
 MAX_NODES = 32767  # shap numbers the nodes of a tree with 16 bits
 # Preprocessing that works on each column alone: it commutes with taking some features from x and others from b, so
 # the Shapley values of the trees on the transformed table are those of the Pipeline on the raw one.
@@ -51,25 +46,59 @@ class Plan:
 def plan(played: Game) -> Plan | str:
     """How to explain this model with Tree SHAP, or the reason why it cannot be."""
     steps, trees = _unwrap(played.model)
-    reason = _unfit(played, steps, trees)
-    if reason:
-        return reason
+    if callable(played.target):
+        return "a callable target= is no output of the trees"
+    blocked = [type(s).__name__ for s in steps if type(s).__name__ not in _COLUMNWISE]
+    if blocked:
+        return f"the pipeline mixes or recodes columns before the trees: {', '.join(blocked)}"
+    try:
+        return _tried(played, steps, trees)
+    except Exception as error:  # shap, a booster or numpy, each with types of its own for what it does not know
+        return f"shap cannot read {type(trees).__name__} on this table: {str(error).strip().splitlines()[0]}"
+
+
+def _tried(played: Game, steps: tuple[Any, ...], trees: Any) -> Plan | str:
     import shap
 
-    table, kind = played.table, type(trees).__name__
-    x, background = (_transformed(kind, steps, table.decode(m)) for m in (table.x, table.background))
+    table = played.table
+    mixed = _mixtures(table.x, table.background)
+    wanted = played.predict(mixed)
+    kind = type(trees).__name__
+    x, background, mixed = (_transformed(kind, steps, table.decode(m)) for m in (table.x, table.background, mixed))
     if x.shape[1] != table.x.shape[1]:
         return f"the trees take {x.shape[1]} features, the table has {table.x.shape[1]}"
     everything = shap.maskers.Independent(background, max_samples=len(background))  # shap would keep 100 rows
-    output = "probability" if kind in _LOG_ODDS else "raw"
-    try:
+    for output in ("raw", "probability") if hasattr(trees, "predict_proba") else ("raw",):
         explainer = shap.TreeExplainer(trees, everything, model_output=output)
-    except Exception as error:  # shap raises many types for what it does not know
-        return f"shap cannot read the trees: {error}"
-    if explainer.model.trees is None or explainer.model.children_left.shape[1] > MAX_NODES:
-        return f"shap cannot hold these trees (categories, or more than {MAX_NODES} nodes in one)"
-    column = class_index(trees.classes_, played.target) if hasattr(trees, "classes_") else 0
-    return Plan(explainer, _on_ranks(explainer, x, background), column)
+        if explainer.model.trees is None or explainer.model.children_left.shape[1] > MAX_NODES:
+            return f"shap cannot hold these trees (categories, or more than {MAX_NODES} nodes in one)"
+        ranks = _to_ranks(explainer, background)
+        column = _column(explainer.model.predict(ranks(mixed), output=output), wanted)
+        if column is not None:
+            return Plan(explainer, ranks(x), column)
+    return (
+        f"the trees of this {kind}, as shap reads them, do not add up to its prediction (a link, categories, several "
+        "outputs or more than two classes)"
+    )
+
+
+def _mixtures(x: np.ndarray, background: np.ndarray) -> np.ndarray:
+    """Rows, background rows, and as many with features from both: what the game asks."""
+    rng = np.random.default_rng(0)
+    n = min(len(x) + len(background), 256)
+    mine, theirs = x[rng.integers(len(x), size=n)], background[rng.integers(len(background), size=n)]
+    return np.concatenate([x, background, np.where(rng.random(mine.shape) < 0.5, mine, theirs)])
+
+
+def _column(found: np.ndarray, wanted: np.ndarray) -> int | None:
+    """Which of shap's outputs is the wanted one; -1 where it is 1 minus the only one."""
+    found = found.reshape(len(wanted), -1)
+    allowed = 1e-4 * max(np.abs(wanted).max(), 1e-12)  # shap holds leaves in float32
+    for column in range(found.shape[1]):
+        if np.abs(found[:, column] - wanted).max() <= allowed:
+            return column
+    mirrored = found.shape[1] == 1 and np.abs(1 - found[:, 0] - wanted).max() <= allowed
+    return -1 if mirrored else None
 
 
 def tree_shap(how: Plan) -> np.ndarray:
@@ -87,44 +116,33 @@ def tree_shap(how: Plan) -> np.ndarray:
     )
     if values.ndim == 3:
         return values[:, :, how.column]
-    # one column of log-odds stands for the second class; the first class is its mirror image
-    return -values if how.probability and how.column == 0 else values
+    # one column stands for the second class; the first class is its mirror image
+    return -values if how.column == -1 else values
 
 
-def _on_ranks(explainer: Any, x: np.ndarray, background: np.ndarray) -> np.ndarray:
-    """Put thresholds, background and rows on a scale of small integers; returns the rows on it.
+def _to_ranks(explainer: Any, background: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """Put the explainer's thresholds and background on a scale of small integers; returns what puts rows on it.
 
     shap rounds thresholds to float32 and compares them with float64 data, which sends some rows down the wrong
     branch. x <= the k-th threshold of a feature exactly where at most k - 1 of its thresholds are below x.
     """
     model = explainer.model
     split = model.children_left >= 0
-    thresholds, codes, others = model.thresholds.copy(), x.copy(), background.copy()
-    for j in range(x.shape[1]):
-        nodes = split & (model.features == j)
-        known = np.unique(model.thresholds[nodes])
-        thresholds[nodes] = np.searchsorted(known, model.thresholds[nodes])
-        for matrix, source in ((codes, x), (others, background)):
-            present = ~np.isnan(source[:, j])
-            matrix[present, j] = np.searchsorted(known, source[present, j])
-    model.thresholds, explainer.data = thresholds, others
-    return codes
+    nodes = [split & (model.features == j) for j in range(background.shape[1])]
+    known = [np.unique(model.thresholds[at]) for at in nodes]
+    thresholds = model.thresholds.copy()
+    for at, levels in zip(nodes, known, strict=True):
+        thresholds[at] = np.searchsorted(levels, model.thresholds[at])
 
+    def ranks(rows: np.ndarray) -> np.ndarray:
+        codes = rows.copy()
+        for j, levels in enumerate(known):
+            present = ~np.isnan(rows[:, j])
+            codes[present, j] = np.searchsorted(levels, rows[present, j])
+        return codes
 
-def _unfit(played: Game, steps: tuple[Any, ...], trees: Any) -> str | None:
-    kind = type(trees).__name__
-    if kind not in _DIRECT | _LOG_ODDS:
-        return f"{kind} is no tree ensemble that shap can explain exactly"
-    if callable(played.target):
-        return "a callable target= is no output of the trees"
-    blocked = [type(s).__name__ for s in steps if type(s).__name__ not in _COLUMNWISE]
-    if blocked:
-        return f"the pipeline mixes or recodes columns before the trees: {', '.join(blocked)}"
-    if getattr(trees, "n_outputs_", 1) not in (1, None) or _unlike_raw(trees):
-        return f"the trees of this {kind} do not add up to its prediction (several outputs, categories or a link)"
-    if kind in _LOG_ODDS and len(trees.classes_) != 2:
-        return f"shap turns the log-odds of {kind} into probabilities for two classes only"
-    return None
+    model.thresholds, explainer.data = thresholds, ranks(background)
+    return ranks
 
 
 def _unwrap(model: Any) -> tuple[tuple[Any, ...], Any]:
@@ -133,19 +151,6 @@ def _unwrap(model: Any) -> tuple[tuple[Any, ...], Any]:
         return (), model
     *before, (_, last) = model.steps
     return tuple(s for _, s in before if s is not None and s != "passthrough"), last
-
-
-def _unlike_raw(trees: Any) -> bool:
-    """A link, categorical splits or a custom start, which shap's reading of the trees leaves out."""
-    if getattr(trees, "is_categorical_", None) is not None and np.any(trees.is_categorical_):
-        return True
-    if type(trees).__name__ == "HistGradientBoostingRegressor":
-        return trees.loss not in ("squared_error", "absolute_error", "quantile")
-    if type(trees).__name__.startswith("XGB"):
-        return str(trees.objective) not in ("reg:squarederror", "reg:absoluteerror", "binary:logistic")
-    if type(trees).__name__.startswith("GradientBoosting"):
-        return trees.init is not None or trees.loss == "exponential"
-    return False
 
 
 def _transformed(kind: str, steps: tuple[Any, ...], table: Any) -> np.ndarray:

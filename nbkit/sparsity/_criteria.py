@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nbkit import forward, hooks
-from nbkit.sparsity._weights import Names, attention_around, check_finite, prunable
+from nbkit.sparsity._weights import Names, attention_around, check_finite, outputs_axis, prunable
 
 Scores = dict[str, Tensor]
 Loss = Callable[[object, forward.Target], Tensor]
@@ -76,11 +76,11 @@ def snip(
     >>> mask_from_scores(snip(model, x, y), 0.95)
     """
     weights = _weights(model, layers, exclude)
-    sums = {name: torch.zeros_like(w) for name, w in weights.items()}
+    sums = _zeros(weights)
     for size, gradients in _gradients(model, weights, inputs, target, loss, batch):
         for name, gradient in gradients.items():
             sums[name].add_(gradient, alpha=size)
-    scores = {name: (weights[name].detach() * total).abs() for name, total in sums.items()}
+    scores = {name: (weights[name].detach().to(total.dtype) * total).abs() for name, total in sums.items()}
     norm = sum(float(score.sum(dtype=torch.float64)) for score in scores.values())
     return {name: (score / norm if norm else score).cpu() for name, score in scores.items()}
 
@@ -102,11 +102,11 @@ def taylor(
     >>> mask_from_scores(taylor(model, x, y, batch=16), 0.9)
     """
     weights = _weights(model, layers, exclude)
-    sums, seen = {name: torch.zeros_like(w) for name, w in weights.items()}, 0
+    sums, seen = _zeros(weights), 0
     for size, gradients in _gradients(model, weights, inputs, target, loss, batch):
         seen += size
         for name, gradient in gradients.items():
-            sums[name].add_((gradient * weights[name].detach()).square(), alpha=size)
+            sums[name].add_((gradient * weights[name].detach().to(gradient.dtype)).square(), alpha=size)
     return {name: (total / seen).cpu() for name, total in sums.items()}
 
 
@@ -139,11 +139,11 @@ def logit_sensitivity(
     weights = _weights(model, layers, exclude)
     if per == "unit":
         return _unit_sensitivity(model, weights, inputs, target, batch)
-    sums = {name: torch.zeros_like(w) for name, w in weights.items()}
+    sums = _zeros(weights)
     score = _target_score
     for _, gradients in _gradients(model, weights, inputs, target, score, 1):
         for name, gradient in gradients.items():
-            sums[name].add_((gradient * weights[name].detach()).abs())
+            sums[name].add_((gradient * weights[name].detach().to(gradient.dtype)).abs())
     return {name: (total / forward.batch_size(inputs)).cpu() for name, total in sums.items()}
 
 
@@ -161,7 +161,8 @@ def _unit_sensitivity(
             found = torch.autograd.grad(score, [outputs[names[n]] for n in ran], allow_unused=True)
         for name, gradient in zip(ran, found, strict=True):
             if gradient is not None:
-                flow, module = outputs[names[name]].detach() * gradient, hooks.get_layer(model, names[name])
+                output, module = outputs[names[name]].detach(), hooks.get_layer(model, names[name])
+                flow = forward.wide(output) * gradient
                 if not getattr(module, "batch_first", True):  # attention over [T, N, F]
                     flow = flow.transpose(0, 1)
                 axis = hooks.neuron_axis(flow, module)
@@ -181,9 +182,14 @@ def _gradients(
             value = loss(forward.call(model, rows), goal)
             if not isinstance(value, Tensor) or value.numel() != 1:
                 raise ValueError("loss(output, target) must return one number, a tensor of one element")
-            found = torch.autograd.grad(value.squeeze(), list(weights.values()), allow_unused=True)
-        pairs = zip(weights.items(), found, strict=True)
-        yield forward.batch_size(rows), {n: torch.zeros_like(w) if g is None else g for (n, w), g in pairs}
+            scale = _LOSS_SCALE if _is_half(weights) else 1.0
+            found = torch.autograd.grad(scale * value.squeeze(), list(weights.values()), allow_unused=True)
+        gradients = _zeros(weights)
+        for name, gradient in zip(weights, found, strict=True):
+            if gradient is not None:
+                gradients[name] = forward.wide(gradient) / scale
+        check_finite(gradients, "the gradient of")
+        yield forward.batch_size(rows), gradients
 
 
 def _batches(
@@ -215,11 +221,23 @@ def _mean_loss(output: object, target: forward.Target) -> Tensor:
         raise ValueError(
             "the model has one output: pass loss= (one class has a cross-entropy of 0), or a callable target"
         )
-    return F.cross_entropy(logits, target)
+    return F.cross_entropy(forward.wide(logits), target)
 
 
 def _target_score(output: object, target: forward.Target) -> Tensor:
     return forward.scores(output, target).mean()
+
+
+_LOSS_SCALE = 256.0  # gradients in half precision vanish below 6e-8 and overflow above 65,504
+
+
+def _is_half(weights: Mapping[str, Tensor]) -> bool:
+    return any(weight.dtype == torch.float16 for weight in weights.values())
+
+
+def _zeros(weights: Mapping[str, Tensor]) -> Scores:
+    """Sums that hold small numbers: float32 or better, whatever the weights are."""
+    return {name: torch.zeros_like(forward.wide(w)) for name, w in weights.items()}
 
 
 def _weights(model: nn.Module, layers: Names, exclude: Names) -> dict[str, nn.Parameter]:
@@ -229,6 +247,9 @@ def _weights(model: nn.Module, layers: Names, exclude: Names) -> dict[str, nn.Pa
 
 
 def _units(module: nn.Module) -> int:
+    axis = outputs_axis(module)
+    if axis is not None:
+        return module.weight.shape[axis]
     if isinstance(module, nn.MultiheadAttention):
         return module.embed_dim
-    return module.out_features if isinstance(module, nn.Linear) else module.out_channels
+    return module.out_channels

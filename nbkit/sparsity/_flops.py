@@ -4,25 +4,27 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvTransposeNd
 
 from nbkit import forward
 from nbkit.errors import LayerDidNotRun
 from nbkit.sparsity._masks import Masks
-from nbkit.sparsity._weights import check_finite, prunable
+from nbkit.sparsity._weights import check_finite, is_product, outputs_axis, prunable
 
 
 def flops(model: nn.Module, inputs: forward.Inputs, *, masks: Masks | None = None):
-    """Multiply-adds of one example in every Linear and Conv layer, counted by hooks on a forward pass of ``inputs``.
+    """Multiply-adds of one example in every linear and convolutional layer, counted by hooks on a forward pass.
 
+    The first of ``inputs`` [N, ...] runs; :func:`prunable` says what is linear.
     A weight is used once at each position: of the output map, of the token sequence, or of the input map for a
     transposed convolution. So ``macs = weights * positions``. One multiply-add is two FLOPs in other counts. Biases,
     normalisations, activations and attention products are not counted; places in the padding are. The projections of
     an ``nn.MultiheadAttention`` have a row each, ``q_proj``, ``k_proj``, ``v_proj`` and ``out_proj``.
 
-    Returns a DataFrame indexed by layer: ``type``, ``weights``, ``positions`` (an example, summed over calls),
+    Returns a DataFrame indexed by layer: ``type``, ``weights``, ``positions`` (summed over calls),
     ``macs``, and with ``masks`` also ``kept`` (weights; all of a layer without a mask) and ``macs_kept``.
 
     Raises: LayerDidNotRun (a masked layer), ValueError (other shapes), LayerNotFound, NotFinite.
@@ -34,7 +36,7 @@ def flops(model: nn.Module, inputs: forward.Inputs, *, masks: Masks | None = Non
     forward.check_inputs(inputs)
     forward.check_device(model, inputs)
     by_weight = {id(w): masks[name] for name, w in masks._weights(model).items()} if masks is not None else {}
-    n = forward.batch_size(inputs)
+    one = forward.take(inputs, slice(0, 1))  # what a layer does without examples (prompts, coordinates) counts whole
     products = _products(model)
     positions: dict[str, int] = {}
     with ExitStack() as stack:
@@ -42,14 +44,14 @@ def flops(model: nn.Module, inputs: forward.Inputs, *, masks: Masks | None = Non
             hook = module.register_forward_hook(_count_positions(row, positions), with_kwargs=True)
             stack.callback(hook.remove)
         with forward.evaluating(model), torch.no_grad():
-            forward.call(model, inputs)
+            forward.call(model, one)
     asleep = [row for row, (_, w, _) in products.items() if row not in positions and id(w) in by_weight]
     if asleep:
         raise LayerDidNotRun(f"layer {asleep[0]!r} has a mask but did not run in the forward pass")
     rows = {}
     for row in positions:
         module, weight, part = products[row]
-        count, at = weight[part].numel(), positions[row] // n
+        count, at = weight[part].numel(), positions[row]
         kept = int(torch.count_nonzero(by_weight[id(weight)][part])) if id(weight) in by_weight else count
         rows[row] = (type(module).__name__, count, at, count * at, kept, kept * at)
     columns = ["type", "weights", "positions", "macs", "kept", "macs_kept"]
@@ -68,7 +70,7 @@ def _products(model: nn.Module) -> dict[str, tuple[nn.Module, Tensor, slice]]:
                 part = (packed, slice(i * module.embed_dim, (i + 1) * module.embed_dim))
                 found[prefix + name] = (module, *(whole if packed is None else part))
             found[f"{prefix}out_proj"] = (module, module.out_proj.weight, slice(None))
-        elif isinstance(module, (nn.Linear, _ConvNd)) and path not in found:
+        elif path not in found and is_product(module):
             found[path] = (module, module.weight, slice(None))
     return found
 
@@ -82,8 +84,8 @@ def _count_positions(row: str, positions: dict[str, int]):
         elif isinstance(module, _ConvTransposeNd):
             count = args[0].numel() // module.in_channels
         else:
-            units = module.out_features if isinstance(module, nn.Linear) else module.out_channels
-            count = output.numel() // units
+            axis = outputs_axis(module)
+            count = output.numel() // (module.out_channels if axis is None else module.weight.shape[axis])
         positions[row] = positions.get(row, 0) + count
 
     return hook
@@ -109,8 +111,11 @@ def sparsity_report(model: nn.Module, example: forward.Inputs | None = None):
     total = {"shape": "", "weights": frame["weights"].sum(), "nonzero": frame["nonzero"].sum()}
     total["density"] = total["nonzero"] / total["weights"]
     if example is not None:
-        layer = [name.rpartition(".")[0] for name in frame.index]
-        positions = flops(model, example)["positions"].reindex(layer, fill_value=0).to_numpy()
+        table, products = flops(model, example), _products(model)
+        uses: dict[int, int] = {}  # a weight that several layers share is used by each of them
+        for row, places in table["positions"].items():
+            uses[id(products[row][1])] = uses.get(id(products[row][1]), 0) + places
+        positions = np.array([uses.get(id(weight), 0) for weight in weights.values()])
         for column, count in (("macs", "weights"), ("macs_kept", "nonzero")):
             frame[column] = frame[count] * positions
             total[column] = frame[column].sum()

@@ -60,10 +60,8 @@ def groups(model: nn.Module, example: forward.Inputs) -> list[Group]:
 
     ``model`` runs once on ``example`` in evaluation mode and is left as it was.
 
-    Raises: TypeError where a layer computes its weight or shares it, or where the run cannot be followed; ValueError
-    for a model without Linear or Conv layers.
+    Raises: TypeError where the run cannot be followed; ValueError for a model without Linear or Conv layers.
     """
-    _check_weights(model)
     graph, traced = _traced(model, example)
     order = {name: place for place, (name, _) in enumerate(model.named_modules())}
     found = [_group(graph, items, order) for items in traced]
@@ -117,7 +115,8 @@ def _mixes(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or (isinstance(module, _ConvNd) and module.groups == 1)
 
 
-def _check_weights(model: nn.Module) -> None:
+def check_weights(model: nn.Module) -> None:
+    """Raise TypeError where a layer computes its weight, or shares it with another, so that it cannot be cut."""
     seen: dict[int, str] = {}
     for path, module in model.named_modules():
         if parametrize.is_parametrized(module) or hasattr(module, "weight_orig") or hasattr(module, "weight_g"):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nbkit import forward
-from nbkit.sparsity._groups import Group, Member, groups, width
+from nbkit.sparsity._groups import Group, Member, check_weights, groups, width
 from nbkit.sparsity._masks import _as_bool
 from nbkit.sparsity._select import keep_largest
 from nbkit.sparsity._weights import check_finite, check_sparsity, select
@@ -44,6 +44,7 @@ def structured(
 
     >>> small = structured(model, 0.5, example=x)
     """
+    check_weights(model)
     forward.check_inputs(example, name="example")
     forward.check_device(model, example)
     smaller = copy.deepcopy(model)

@@ -6,7 +6,6 @@ import pytest
 
 from nbkit import _paths, claims, papers
 from tests.notebooks.book import Book
-from tests.notebooks.editions import EXCUSED, FIRST_EDITIONS
 from tests.notebooks.paper import PAPER
 from tests.notebooks.shape import EVERY
 
@@ -15,10 +14,6 @@ FOUND = [path for path in sorted(ROOT.rglob("*.ipynb")) if ".ipynb_checkpoints" 
 FILES = {path.relative_to(ROOT).as_posix(): path for path in FOUND}
 PAPERS = {paper.file: paper for slug in papers.catalogue()["slug"] if (paper := papers.get(slug)).file in FILES}
 START = [name for name in FILES if name.startswith("00-")]
-
-
-def _rules(name):
-    return [rule for rule in PAPER if PAPERS[name].slug not in FIRST_EDITIONS or rule.__name__ not in EXCUSED]
 
 
 def _case(name, rule):
@@ -30,15 +25,9 @@ def test_a_start_notebook(name, rule):
     assert rule(Book.read(FILES[name])) == []
 
 
-@pytest.mark.parametrize(("name", "rule"), [_case(name, rule) for name in PAPERS for rule in _rules(name)])
+@pytest.mark.parametrize(("name", "rule"), [_case(name, rule) for name in PAPERS for rule in PAPER])
 def test_a_papers_notebook(name, rule):
     assert rule(Book.read(FILES[name], PAPERS[name])) == []
-
-
-@pytest.mark.parametrize("slug", sorted(FIRST_EDITIONS))
-def test_a_first_edition_needs_its_excuse(slug):
-    book = Book.read(papers.get(slug).path, papers.get(slug))
-    assert any(rule(book) for rule in PAPER if rule.__name__ in EXCUSED), f"take {slug} out of FIRST_EDITIONS"
 
 
 @pytest.mark.parametrize("name", PAPERS)

@@ -155,37 +155,6 @@ def test_a_gallery_has_one_axes_a_picture(fig):
     assert len(fig.axes) == 5
 
 
-def test_curves_draw_the_mean_and_the_range_of_the_seeds(ax):
-    values = torch.tensor([[0.0, 1.0, 2.0], [2.0, 1.0, 4.0]])
-    lines = {"ours": values, "dense": [0.5, 0.5, 0.5]}
-    assert drawn(plots.curves(ax, [0, 0.5, 0.9], lines, xlabel="sparsity", ylabel="accuracy")) is ax
-    assert np.allclose(ax.lines[0].get_ydata(), [1, 1, 3])
-    (band,) = ax.collections
-    corners = band.get_paths()[0].vertices
-    assert (corners[:, 1].min(), corners[:, 1].max()) == (0, 4)
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["ours", "dense"]
-    assert (ax.get_xlabel(), ax.get_ylabel()) == ("sparsity", "accuracy")
-
-
-def test_the_confidence_band_is_that_of_the_t_distribution(ax):
-    from scipy import stats
-
-    values = np.random.default_rng(0).normal(size=(5, 2))
-    plots.curves(ax, [0, 1], {"ours": values}, xlabel="x", ylabel="y", band="ci")
-    corners = ax.collections[0].get_paths()[0].vertices
-    low, high = stats.t.interval(0.95, 4, loc=values[:, 0].mean(), scale=stats.sem(values[:, 0]))
-    at_zero = corners[corners[:, 0] == 0, 1]
-    assert (at_zero.min(), at_zero.max()) == pytest.approx((low, high))
-
-
-def test_bars_show_the_mean_and_every_seed(ax):
-    plots.bars(ax, {"ours": [0.7, 0.9], "random": 0.5}, ylabel="AUC", reference=0.5)
-    assert [patch.get_height() for patch in ax.patches] == pytest.approx([0.8, 0.5])
-    assert np.allclose(ax.lines[0].get_ydata(), [0.7, 0.9])
-    assert [label.get_text() for label in ax.get_xticklabels()] == ["ours", "random"]
-    assert drawn(ax).get_ylabel() == "AUC"
-
-
 def test_layer_density_lists_layers_from_the_top_in_percent(ax):
     drawn(plots.layer_density(ax, {"conv1": 0.5, "head": torch.tensor(0.012)}))
     assert [label.get_text() for label in ax.get_yticklabels()] == ["conv1", "head"]
@@ -207,12 +176,6 @@ def test_layer_density_lists_layers_from_the_top_in_percent(ax):
         (lambda ax: plots.gallery(ax.figure, []), ValueError, "at least one picture"),
         (lambda ax: plots.gallery(ax.figure, [np.eye(2)], ["a", "b"]), ValueError, "1 pictures but 2 titles"),
         (lambda ax: plots.gallery(ax.figure, [np.eye(2)], columns=0), ValueError, "columns"),
-        (lambda ax: plots.curves(ax, [1, 2], {}, xlabel="", ylabel=""), ValueError, "no lines"),
-        (lambda ax: plots.curves(ax, [1, 2], {"m": [1, 2, 3]}, xlabel="", ylabel=""), ValueError, r"'m'.*\[seeds, 2\]"),
-        (lambda ax: plots.curves(ax, [1], {"m": [1]}, xlabel="", ylabel="", band="sd"), ValueError, "'range' or 'ci'"),
-        (lambda ax: plots.bars(ax, {}, ylabel=""), ValueError, "no groups"),
-        (lambda ax: plots.bars(ax, {"m": []}, ylabel=""), ValueError, "group 'm' is empty"),
-        (lambda ax: plots.bars(ax, {"m": [1.0, np.inf]}, ylabel=""), NotFinite, "group 'm' holds 1"),
         (lambda ax: plots.layer_density(ax, {"conv1": 1.5}), ValueError, "'conv1' keeps a share of 1.5"),
         (lambda ax: plots.layer_density(ax, {}), ValueError, "no layers"),
     ],
@@ -245,26 +208,6 @@ def test_contributions_join_the_smallest_parts(ax):
 def test_contributions_refuse_what_cannot_be_drawn(ax, parts, options, error):
     with pytest.raises(error):
         plots.contributions(ax, parts, **{"base": 0.0, "xlabel": "y", **options})
-
-
-def test_grouped_bars_stand_side_by_side_at_their_means(ax):
-    settings = {"A": {"LR": [1.0, 3.0], "RF": 4.0}, "C": {"LR": [5.0], "RF": [6.0, 8.0]}}
-    plots.grouped(ax, settings, ylabel="y", reference=0.5)
-    places = [round(bar.get_x() + bar.get_width() / 2, 6) for bar in ax.patches]
-    assert places == [-0.2, 0.8, 0.2, 1.2] and [bar.get_height() for bar in ax.patches] == [2, 4, 5, 7]
-    assert {text.get_text() for text in ax.get_legend().get_texts()} == {"A", "C", "chance"}
-    drawn(ax)
-
-
-@pytest.mark.parametrize(
-    ("settings", "error"),
-    [({}, ValueError), ({"A": {}}, ValueError), ({"A": {"LR": 1.0}, "C": {"RF": 1.0}}, ValueError),
-     ({"A": {"LR": []}}, ValueError), ({"A": {"LR": [[1.0], [2.0]]}}, ValueError),
-     ({"A": {"LR": [float("nan")]}}, NotFinite)],
-)  # fmt: skip
-def test_grouped_bars_refuse_what_cannot_be_drawn(ax, settings, error):
-    with pytest.raises(error):
-        plots.grouped(ax, settings, ylabel="y")
 
 
 # --- measured tables

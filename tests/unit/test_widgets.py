@@ -17,7 +17,7 @@ from torch import nn
 
 from nbkit import _png, widgets
 from nbkit.errors import LayerNotFound, NotFinite, UnknownName
-from nbkit.widgets import _explorer, _frames
+from nbkit.widgets import _controls, _explorer, _frames
 
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 
@@ -714,3 +714,9 @@ def test_selfcheck_asks_for_examples_of_a_control_it_does_not_know(capsys):
     widgets.selfcheck()
     assert capsys.readouterr().out == "selfcheck: 1 explorer, 1 control, every control answers\n"
     assert tint.value == "#ff0000"
+
+
+def test_the_states_a_slider_is_tried_in_are_its_ends_and_its_middle():
+    assert _controls.samples(ipywidgets.IntSlider(min=2, max=10)) == [("value", 2), ("value", 6), ("value", 10)]
+    logarithmic = ipywidgets.FloatLogSlider(min=-4, max=0, base=10, step=1)
+    assert [v for _, v in _controls.samples(logarithmic)] == pytest.approx([1e-4, 1e-2, 1])
