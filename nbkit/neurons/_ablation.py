@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 
 from nbkit import forward, hooks
@@ -14,7 +15,7 @@ from nbkit.errors import NotFinite
 from nbkit.hooks._attach import attach
 from nbkit.hooks._select import neuron_index
 from nbkit.neurons._basic import _one
-from nbkit.neurons._replay import run, units
+from nbkit.neurons._replay import Calls, map_calls, run, units
 from nbkit.neurons._sites import Site, check, observe
 
 
@@ -25,8 +26,8 @@ def ablation_effect(
 ) -> Tensor:  # fmt: skip
     """The change of the target's score when each neuron alone is set to ``value``: edited minus clean.
 
-    Every row of a batch is a copy of an input with another neuron edited. What runs before the layer is computed once
-    for such a batch, not once a neuron.
+    Every row of a batch is a copy of an input with another neuron edited. What runs before the layer runs once an
+    input, where its copies are seen to be the same as running copies; else once a batch.
 
     Args:
         target: None (the predicted class), an int, ints ``[N]``, or a callable on the model's output that gives one
@@ -54,21 +55,25 @@ def ablation_effect(
         if not index.numel():
             raise ValueError("no neuron was chosen")
         values = _values(value, index, rows)
+        copied = None  # whether copies of what ran before the layer will do: found out with the first batch
         for chosen in batches(n, max(1, batch // len(index))):  # examples whose neurons fit in one batch together
             part = forward.take(inputs, chosen)
-            kept.append(_effects(model, part, target_of(target, chosen), where, index, values, batch).cpu())
+            found, copied = _effects(model, part, target_of(target, chosen), where, index, values, batch, copied)
+            kept.append(found.cpu())
             bar.update(chosen.stop - chosen.start)
     return torch.cat(kept)
 
 
-def _effects(model, inputs, target, where: Site, neurons: Tensor, values: Tensor, batch: int) -> Tensor:
+def _effects(
+    model, inputs, target, where: Site, neurons: Tensor, values: Tensor, batch: int, copied: bool | None
+) -> tuple[Tensor, bool]:
     output = forward.call(model, inputs)
     labels = forward.resolve_target(output, target)
     clean = forward.scores(output, labels)
     n, k = len(clean), min(len(neurons), batch)
     copies = torch.arange(n, device=neurons.device).repeat_interleave(k)
     repeated = forward.take(inputs, copies)
-    _, cached = run(model, repeated, cached={}, keep=units(model, [where.module]), until=where.module)
+    cached, copied = _before(model, inputs, repeated, copies, where, copied)
     effects = torch.empty(n, len(neurons), dtype=clean.dtype, device=clean.device)
     for start in range(0, len(neurons), k):
         start = min(start, len(neurons) - k)  # the last batch overlaps: every batch has the size that was cached
@@ -76,11 +81,52 @@ def _effects(model, inputs, target, where: Site, neurons: Tensor, values: Tensor
         undo = attach(where.module, "output", _one_a_row(where, neurons[edited].repeat(n), values[edited].repeat(n)))
         try:
             output, _ = run(model, repeated, cached=cached)
+        except RuntimeError:  # something writes in place, into one row that stands for many
+            if not copied:
+                raise
+            output = None
         finally:
             undo()
+        if output is None:
+            return _effects(model, inputs, target, where, neurons, values, batch, False)
         score = forward.scores(output, target_of(labels, copies))
         effects[:, edited] = score.unflatten(0, (n, k)) - clean[:, None]
-    return effects
+    return effects, copied
+
+
+def _before(model, inputs, repeated, copies: Tensor, where: Site, copied: bool | None) -> tuple[Calls, bool]:
+    """What ran before the layer, for the repeated inputs: copies of what it gave for the inputs, or all run.
+
+    Copies are right where axis 0 of all that was kept counts examples, and nothing looks across them: tried once.
+    """
+    keep, n = units(model, [where.module]), forward.batch_size(inputs)
+
+    def kept(rows: forward.Inputs) -> Calls:
+        return run(model, rows, cached={}, keep=keep, until=where.module)[1]
+
+    def copy(t: Tensor) -> Tensor:
+        if not t.ndim or len(t) != n:
+            return t
+        return t.expand(len(copies), *t.shape[1:]) if n == 1 else t[copies]
+
+    if copied is not False:
+        quick = map_calls(kept(inputs), copy, Tensor)
+        if copied:
+            return quick, True
+    exact = kept(repeated)
+    return exact, copied is None and _same(quick, exact)
+
+
+def _same(a: Calls, b: Calls) -> bool:
+    mine, theirs = (tree_leaves(list(calls.values())) for calls in (a, b))
+    if a.keys() != b.keys() or len(mine) != len(theirs):
+        return False
+    pairs = [(x, y) for x, y in zip(mine, theirs, strict=True) if isinstance(x, Tensor) or isinstance(y, Tensor)]
+    return all(
+        isinstance(x, Tensor) and isinstance(y, Tensor) and x.shape == y.shape
+        and torch.allclose(x.float(), y.float(), rtol=1e-4, atol=1e-5)
+        for x, y in pairs
+    )  # fmt: skip
 
 
 def _one_a_row(where: Site, neurons: Tensor, values: Tensor) -> hooks.Edit:

@@ -129,8 +129,12 @@ def _patched(modules: Iterable[nn.Module], patch: Callable[[nn.Module, Callable]
 
 
 def _copied(tree: Any) -> Any:
-    # a copy, because what follows may work in place
-    return tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, tree)
+    """Copies, as what follows may work in place; none of one row seen many times, where torch refuses to write."""
+    return tree_map(lambda v: v.clone() if isinstance(v, Tensor) and not _one_row(v) else v, tree)
+
+
+def _one_row(tensor: Tensor) -> bool:
+    return tensor.ndim > 0 and len(tensor) > 1 and tensor.stride(0) == 0
 
 
 def _kept(output: Any) -> Any:

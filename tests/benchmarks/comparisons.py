@@ -293,3 +293,31 @@ def _():
             return model(photo)
 
     return Row(ours=lambda: sparsity.structured(net, 0.5, example=photo), theirs=theirs, value=outputs, repeats=7)
+
+
+@row("ablation of the 64 channels of a middle layer, 64 pictures", "a loop of hooks", target=0.6)
+def _():
+    import torch
+
+    from nbkit import datasets, models, neurons
+
+    net, x = models.load("vgg-small", seed=0).eval(), datasets.load("fashion-mnist").x_test[:64]
+    layer = net.get_submodule("conv4")
+
+    def silenced(channel):
+        def hook(module, args, output):
+            output = output.clone()
+            output[:, channel] = 0
+            return output
+
+        handle = layer.register_forward_hook(hook)
+        try:
+            return net(x)[:, 0]
+        finally:
+            handle.remove()
+
+    def theirs():
+        with torch.no_grad():
+            return torch.stack([silenced(channel) for channel in range(layer.out_channels)], 1) - net(x)[:, :1]
+
+    return Row(ours=lambda: neurons.ablation_effect(net, x, 0, layer="conv4"), theirs=theirs, repeats=3)

@@ -201,14 +201,43 @@ def test_ablation_of_some_neurons_each_to_its_own_value(device):
     assert neurons.ablation_effect(model, x, 2, layer="3", neurons=mask).shape == (3, 2)
 
 
-def test_ablation_runs_what_comes_before_once_a_batch(device):
+def test_ablation_runs_what_comes_before_once_an_input(device):
     model, x = mlp(device)
     calls = []
     model[0].forward = lambda v, first=model[0].forward: calls.append(len(v)) or first(v)
-    neurons.ablation_effect(model, x[:1], 0, layer="3", batch=2)
-    # 7 neurons in 4 batches: the look at the layer, the clean score, the recording, no more
-    assert calls == [1, 1, 2]
+    neurons.ablation_effect(model, x[:3], 0, layer="3", batch=2)
+    # 7 neurons in 4 batches: the look at the layer; for each input the clean score and the recording; and once, beside
+    # the first recording, that of running copies
+    assert calls == [1, 1, 1, 2, 1, 1, 1, 1]
     assert "forward" in model[0].__dict__
+
+
+class Between(nn.Module):
+    """What stands between its layers writes in place, or has as many rows as there are inputs and is none of them."""
+
+    def __init__(self, inplace: bool):
+        super().__init__()
+        self.inplace = inplace
+        self.first, self.second, self.head = nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+        self.places = nn.Embedding(1, 5)
+
+    def forward(self, x):
+        h = self.first(x)
+        if self.inplace:
+            return self.head(torch.relu(self.second(h.mul_(2))))
+        return self.head(torch.relu(self.second(h) + self.places(torch.zeros(1, dtype=torch.long, device=x.device))))
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_ablation_copes_with_what_stands_between_the_layers(device, inplace):
+    torch.manual_seed(0)
+    model, x = Between(inplace).to(device), torch.randn(3, 4, device=device)
+    found = neurons.ablation_effect(model, x, 0, layer="second", batch=2)
+    for j in range(5):
+        with torch.no_grad(), hooks.edit(model, {"second": hooks.zero(j)}):
+            edited = model(x)[:, 0]
+        with torch.no_grad():
+            torch.testing.assert_close(found[:, j], (edited - model(x)[:, 0]).cpu(), rtol=1e-4, atol=1e-5)
 
 
 def test_ablation_of_a_layer_nothing_reads_is_zero(device):
