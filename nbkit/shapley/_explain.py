@@ -142,8 +142,8 @@ def _choose(played: Game, how: Plan | str) -> str:
 def _finish(played: Game, values: np.ndarray, names: list[str], data: Any, method: str) -> Explanation:
     return Explanation(
         values=values,
-        base_value=float(played.predict(played.table.background).mean()),
-        prediction=played.predict(played.table.x),
+        base_value=float(played.predict(played.table.background.copy()).mean()),
+        prediction=played.predict(played.table.x.copy()),
         data=data,
         feature_names=names,
         method=method,

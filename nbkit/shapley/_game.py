@@ -21,7 +21,10 @@ MAX_EXACT_PLAYERS = 12  # 4,096 coalitions; each more player doubles the model c
 
 @dataclass(frozen=True, eq=False)
 class Game:
-    """A model, the rows to explain and the background they are compared with; ``predict`` takes coded rows."""
+    """A model, the rows to explain and the background they are compared with.
+
+    ``predict`` takes coded rows and may hand them to the model as they are, which may write into them: copies only.
+    """
 
     model: Any
     table: Table
@@ -39,12 +42,14 @@ class Game:
 
         x, background = self.table.x[rows], self.table.background
         coalitions, others = len(masks), len(background)
+        together = max(1, min(4 * self.batch, NUMBERS_AT_ONCE // x.shape[1]))
+        if self._digits is None and others <= together:
+            return self._all_values(x, masks, together // others)
         alike = self._digits is not None
         if alike:
             mine = self._digits[rows] @ masks.T.astype(np.int64)  # [rows, S]
             theirs = self._digits[len(self.table.x) :] @ (~masks).T.astype(np.int64)  # [B, S]
         total = np.zeros(len(x) * coalitions)
-        together = max(1, min(4 * self.batch, NUMBERS_AT_ONCE // x.shape[1]))
         for start in tqdm(range(0, total.size * others, together), desc="coalitions", delay=3, leave=False):
             cell, b = np.divmod(np.arange(start, min(start + together, total.size * others)), others)
             i, s = np.divmod(cell, coalitions)
@@ -54,6 +59,18 @@ class Game:
             mixed = np.where(masks[s[first]], x[i[first]], background[b[first]])
             total[cell[0] : cell[-1] + 1] += np.bincount(cell - cell[0], weights=self.predict(mixed)[which])
         return (total / others).reshape(len(x), coalitions)
+
+    def _all_values(self, x: np.ndarray, masks: np.ndarray, together: int) -> np.ndarray:
+        """The same where no two mixed rows are alike: every coalition with the whole background, some at a time."""
+        from tqdm.auto import tqdm
+
+        background, found = self.table.background[None], np.empty(len(x) * len(masks))
+        for start in tqdm(range(0, found.size, together), desc="coalitions", delay=3, leave=False):
+            piece = slice(start, min(start + together, found.size))
+            i, s = np.divmod(np.arange(piece.start, piece.stop), len(masks))
+            mixed = np.where(masks[s, None], x[i, None], background)
+            found[piece] = self.predict(mixed.reshape(-1, x.shape[1])).reshape(len(i), -1).mean(1)
+        return found.reshape(len(x), len(masks))
 
     @cached_property
     def _digits(self) -> np.ndarray | None:
@@ -85,7 +102,7 @@ def game(model: Any, X: Any, background: Any, *, target: Output, seed: int, batc
             f"NaN or infinite values in {_shown(table.missing)}; {type(model).__name__} is given none"
         )
     try:
-        native, name = predictor(model, target, table.decode(table.x[:1]))
+        native, name = predictor(model, target, table.decode(table.x[:1].copy()))
     except ValueError as error:
         raise _explained(error, table) from error
 

@@ -164,7 +164,7 @@ def _decoder(model: Any, X: Any, joint: pd.DataFrame, lookups: dict[int, Any], *
 
     def frame(rows: np.ndarray) -> pd.DataFrame:
         if not lookups and all(d == np.float64 for d in dtypes):
-            return pd.DataFrame(rows, columns=joint.columns)
+            return pd.DataFrame(rows, columns=joint.columns, copy=False)
         return pd.DataFrame({name: column(j, rows[:, j]) for j, name in enumerate(joint.columns)})
 
     def array(rows: np.ndarray) -> np.ndarray:

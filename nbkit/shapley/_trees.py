@@ -62,9 +62,10 @@ def _tried(played: Game, steps: tuple[Any, ...], trees: Any) -> Plan | str:
 
     table = played.table
     mixed = _mixtures(table.x, table.background)
-    wanted = played.predict(mixed)
+    wanted = played.predict(mixed.copy())
     kind = type(trees).__name__
-    x, background, mixed = (_transformed(kind, steps, table.decode(m)) for m in (table.x, table.background, mixed))
+    tables = (table.x.copy(), table.background.copy(), mixed.copy())
+    x, background, mixed = (_transformed(kind, steps, table.decode(m)) for m in tables)
     if x.shape[1] != table.x.shape[1]:
         return f"the trees take {x.shape[1]} features, the table has {table.x.shape[1]}"
     everything = shap.maskers.Independent(background, max_samples=len(background))  # shap would keep 100 rows

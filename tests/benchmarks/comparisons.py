@@ -321,3 +321,71 @@ def _():
             return torch.stack([silenced(channel) for channel in range(layer.out_channels)], 1) - net(x)[:, :1]
 
     return Row(ours=lambda: neurons.ablation_effect(net, x, 0, layer="conv4"), theirs=theirs, repeats=3)
+
+
+@functools.cache
+def tumours():
+    """Breast tumours: a standardised table [569, 30] with labels, and the split at row 300."""
+    from nbkit import datasets
+
+    table = datasets.load("breast-cancer")
+    return (table.X - table.X.mean()) / table.X.std(), table.y
+
+
+@row("permutation Shapley values, MLP, 20 rows of 30 features, 50 background rows", "shap", target=1.0)
+def _():
+    import shap
+    from sklearn.neural_network import MLPClassifier
+
+    from nbkit import shapley
+
+    X, y = tumours()
+    net = MLPClassifier((64,), max_iter=200, random_state=0).fit(X.to_numpy(), y)
+    rows, background = X.to_numpy()[:20], X.to_numpy()[100:150]
+    masker = shap.maskers.Independent(background, max_samples=50)
+
+    def theirs():
+        explainer = shap.explainers.PermutationExplainer(lambda v: net.predict_proba(v)[:, 1], masker, seed=0)
+        return explainer(rows, max_evals=10 * (2 * 30 + 1), silent=True).values
+
+    return Row(
+        ours=lambda: shapley.explain(net, rows, background, method="permutation", n_samples=10, seed=0).values,
+        theirs=theirs,
+        repeats=4,
+    )
+
+
+@row("interventional tree values, gradient booster, 200 rows, 50 background rows", "shap.TreeExplainer", target=1.0)
+def _():
+    import shap
+    from sklearn.ensemble import GradientBoostingRegressor
+
+    from nbkit import datasets, shapley
+
+    table = datasets.load("breast-cancer")
+    X = (64 * table.X).round() / 64  # float32, in which shap compares, holds these values
+    booster = GradientBoostingRegressor(random_state=0).fit(X[:300], table.y[:300])
+    rows, background = X[300:500], X[:50]
+    return Row(
+        ours=lambda: shapley.explain(booster, rows, background, method="tree").values,
+        theirs=lambda: shap.TreeExplainer(booster, background.to_numpy()).shap_values(
+            rows.to_numpy(), check_additivity=False
+        ),
+    )
+
+
+@row("permutation importance, random forest of 100 trees, 269 rows of 30 features", "scikit-learn", target=1.0)
+def _():
+    from sklearn.ensemble import RandomForestClassifier
+    from sklearn.inspection import permutation_importance
+
+    from nbkit import importance
+
+    X, y = tumours()
+    forest = RandomForestClassifier(100, random_state=0).fit(X[:300], y[:300])
+    held = X[300:], y[300:]
+    return Row(
+        ours=lambda: importance.permutation(forest, *held, n_repeats=5, seed=0).values,
+        theirs=lambda: permutation_importance(forest, *held, n_repeats=5, random_state=0).importances,
+        repeats=4,
+    )

@@ -348,3 +348,21 @@ def test_several_targets_or_labels_are_asked_for():
     with pytest.warns(FutureWarning, match="target="):
         old = shapley.explain(two, X[:2], X, output=1)
     np.testing.assert_array_equal(old.values, shapley.explain(two, X[:2], X, target=1).values)
+
+
+def test_a_model_that_writes_into_its_table_explains_itself_rightly():
+    X = np.random.default_rng(0).normal(size=(20, 4))
+
+    def polite(table):
+        return table["a"] * table["b"] + table["c"]
+
+    def rude(table):
+        result = polite(table).to_numpy().copy()
+        table.loc[:, "a"] = 1e6
+        return result
+
+    table = pd.DataFrame(X, columns=list("abcd"))
+    for method in ("exact", "permutation"):
+        found, wanted = (shapley.explain(f, table[:3], table[5:], method=method) for f in (rude, polite))
+        np.testing.assert_allclose(found.values, wanted.values)
+        np.testing.assert_allclose(found.prediction, polite(table[:3]))
