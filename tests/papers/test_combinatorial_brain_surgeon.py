@@ -245,6 +245,9 @@ def test_no_images_or_another_kind_of_layer(net, data):
     for x, y in ((data[0][:0], data[1][:0]), (data[0], data[1][:3])):
         with pytest.raises(ValueError, match="inputs"):
             cbs.icbs(net, layers, x, y, b=16)
+    for some, wrong in (({}, {}), (layers, {"steps": 0}), (layers, {"b": -3}), (layers, {"batch": 0})):
+        with pytest.raises(ValueError, match="at least one"):
+            cbs.icbs(net, some, *data, **wrong)
     assert same(net, before) and all(torch.equal(layers[n].keep, mask) for n, mask in masks.items())
     conv = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3))
     with pytest.raises(ValueError, match="Linear"):
