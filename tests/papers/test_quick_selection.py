@@ -286,6 +286,7 @@ def test_bad_input_raises():
         lambda: method.quick_selection(X[:0]),
         lambda: method.select(X[0], 0),
         lambda: method.select(X[0], 6),
+        lambda: method.select(X, 2),
         lambda: method.SparseLinear(2, 2, torch.tensor([1, 1]), torch.ones(2)),
         lambda: method.SparseLinear(2, 2, torch.tensor([0, 4]), torch.ones(2)),
         lambda: method.MaskedLinear(2, 2, torch.tensor([0, 1]), torch.ones(3)),
@@ -375,6 +376,12 @@ def test_the_stored_trajectory_stays_beside_the_public_codes_and_leaves_it_with_
         both = well[setting].to_frame("ours").join(public[setting].rename("public"), how="inner")
         assert len(both) >= 9 and (both["ours"] / both["public"] - 1).abs().max() < within
     assert (well["masked backward"] / public["public backward"]).loc[5:].max() < 0.9
+
+
+def test_three_seeds_of_links_that_stay_are_stored_and_bring_up_no_rare_pixel():
+    static = papers.results("quick-selection", "settings").query("zeta == 0 and epoch == 50")
+    assert (static.groupby("setting")["seed"].nunique() == 3).all() and static["setting"].nunique() == 3
+    assert static["few"].max() == 0
 
 
 def test_the_stored_strengths_are_those_of_the_table():
