@@ -31,6 +31,10 @@ class NotFinite(ValueError):
 class DownloadError(OSError):
     """A download failed, was incomplete, or did not match its checksum; nothing was stored."""
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows: the sentence that helps, without the sixty lines of the way there."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class NotFittedError(ValueError, AttributeError):
     """A result was asked for before the step that produces it."""

@@ -6,6 +6,7 @@ import contextlib
 import fnmatch
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -86,6 +87,7 @@ def _run_pip(package: str, version: str, scratch: Path, size: int | None) -> Non
         "--only-binary=:all:",
         "--no-cache-dir",
         "--disable-pip-version-check",
+        "--no-color",  # a kernel's environment forces colours, and its codes would hide the line that says ERROR
         "--retries",
         "2",
     ]
@@ -121,7 +123,7 @@ def _explain(package: str, version: str, said: str) -> str:
         return f"{package} is fetched with pip, which this Python lacks: run `{sys.executable} -m ensurepip` once"
     if "No space left" in said:
         return f"No space left on device: the disk filled up while pip fetched {package}"
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    lines = [line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", said).splitlines() if line.strip()]
     last = next(
         (line for line in reversed(lines) if line.startswith("ERROR")), lines[-1] if lines else "no message"
     )

