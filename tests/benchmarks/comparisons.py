@@ -34,9 +34,10 @@ def classifying_vit():
     import torch
     from torch import nn
 
-    from nbkit import papers
+    from nbkit import papers, recipes
 
-    head, fitted = papers.method("neuron-path").ClassTokenProbe(384, 10), papers.tensors("neuron-path", "dinov2-probe")
+    head = recipes.load("papers/neuron-path/recipe.py").ClassTokenProbe(384, 10)
+    fitted = papers.tensors("neuron-path", "dinov2-probe")
     head.load_state_dict({name: fitted[name] for name in ("weight", "bias")})
     backbone, pictures = vit()
     with torch.no_grad():

@@ -30,9 +30,9 @@ def cost(inputs: int, repeats: int = 3) -> Cost:
     """One width; both networks have the same links and take the same steps, in turns."""
     import torch
 
-    from nbkit import papers
+    from nbkit import papers, recipes
 
-    method = papers.method("quick-selection")
+    method, recipe = papers.method("quick-selection"), recipes.load("papers/quick-selection/recipe.py")
     x = torch.randn(ROWS, inputs, generator=torch.Generator().manual_seed(0))
 
     def network(kind):
@@ -45,7 +45,7 @@ def cost(inputs: int, repeats: int = 3) -> Cost:
 
     kinds = method.SparseLinear, method.MaskedLinear
     # with the making of the network: weights, momentum and indices count as much as what a step needs for a while
-    peaks = [method.allocated(lambda kind=kind: train(network(kind), x[:BATCH]))[0] / 2**20 for kind in kinds]
+    peaks = [recipe.allocated(lambda kind=kind: train(network(kind), x[:BATCH]))[0] / 2**20 for kind in kinds]
     networks = [network(kind) for kind in kinds]
     times = [[seconds(lambda n=n: train(n)) for n in networks] for _ in range(repeats + 1)][1:]
     steps = ROWS / BATCH
