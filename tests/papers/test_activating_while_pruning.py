@@ -218,6 +218,15 @@ def test_missing_or_misshaped_weights_are_refused(trained):
         ap.prune(Masks({"0.weight": torch.ones(3, 3)}), now, start)
 
 
+@pytest.mark.parametrize("which", ["now", "start"])
+def test_weights_that_are_not_finite_are_refused(trained, which):
+    masks, now, start = trained
+    states = {"now": now, "start": start}
+    states[which]["2.weight"][0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"finite.*2\.weight"):
+        ap.prune(masks, **states)
+
+
 def test_a_cut_that_would_empty_a_layer_is_refused(trained):
     masks, now, start = trained
     now = now | {"4.weight": torch.full((3, 8), -1e-3)}

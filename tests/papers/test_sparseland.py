@@ -296,3 +296,12 @@ def test_the_stored_explored_share_is_the_density_where_masks_rest():
     total = method.weights_of(method.WIDTHS)
     assert (table.loc["static ERK", "explored"] * total).round().tolist() == table.loc["static ERK", "weights"].tolist()
     assert (table.loc[["SET", "RigL"], "explored"] > 1.3 * table.loc[["SET", "RigL"], "density"]).all()
+
+
+def test_what_was_tried_elsewhere_is_stored_for_three_seeds_of_every_method():
+    table = papers.results("sparseland", "elsewhere")
+    assert (table.groupby(["case", "method"])["seed"].nunique() == 3).all()
+    digits = table[table["case"].str.startswith("digits")]
+    assert set(digits["density"]) == {0.02, 0.05} and set(digits["method"]) == {"static ERK", "SET", "RigL"}
+    for row in table.query("method == 'static ERK'").itertuples():
+        assert row.explored == pytest.approx(row.density, abs=1e-4)
