@@ -70,6 +70,16 @@ def test_from_k_the_same_batches_and_rates_follow_as_in_the_whole_training(small
     assert rates == [*range(10), 7, 8, 9]
 
 
+def test_w_k_lies_on_the_whole_trainings_way_also_under_a_schedule(small, data):
+    start, passed = training.state(small), {}
+    settings = {"T": 10, "u": 4, "schedule": lambda part: 1.0 if part < 0.6 else 0.1, **SHORT}
+    watch = {"watch": lambda step, model: passed.update({step: training.state(model)})}
+    method.train(small, method.ones(small), data, k=0, **settings, **watch)
+    for k in (4, 8):
+        small.load_state_dict(start)
+        assert same(method.find(small, data, k=k, rounds=0, **settings)[0], passed[k])
+
+
 def test_training_is_the_first_notebooks_from_step_0(small, data):
     start, m = training.state(small), sparsity.magnitude_mask(small, 0.5)
     ours = method.train(small, m, data, k=0, T=9, u=2, **SHORT)
