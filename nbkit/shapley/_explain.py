@@ -88,8 +88,10 @@ def explain(
             raise ValueError(
                 f"method='tree' cannot explain this model: {how}; use 'exact', 'permutation' or 'auto'"
             )
-        values = tree_shap(how)
-    elif method == "exact":
+        return warn_of_gap(
+            _finish(played, tree_shap(how), played.table.names, played.table.frame, method, how.predicted), tolerance
+        )
+    if method == "exact":
         values = exact(played, np.arange(features))
     elif method == "gradient":
         values = expected_gradients(played, draws=n_samples or 1000, seed=seed)
@@ -139,11 +141,16 @@ def _choose(played: Game, how: Plan | str) -> str:
     return "gradient" if differentiable else "permutation"
 
 
-def _finish(played: Game, values: np.ndarray, names: list[str], data: Any, method: str) -> Explanation:
+def _finish(
+    played: Game, values: np.ndarray, names: list[str], data: Any, method: str,
+    predicted: tuple[np.ndarray, np.ndarray] | None = None,
+) -> Explanation:  # fmt: skip
+    if predicted is None:
+        predicted = played.predict(played.table.x.copy()), played.predict(played.table.background.copy())
     return Explanation(
         values=values,
-        base_value=float(played.predict(played.table.background.copy()).mean()),
-        prediction=played.predict(played.table.x.copy()),
+        base_value=float(predicted[1].mean()),
+        prediction=predicted[0],
         data=data,
         feature_names=names,
         method=method,

@@ -77,14 +77,16 @@ def class_index(classes: Any, target: Output) -> int:
 
 def _estimator(model: Any, target: Output, first: Any):
     if not hasattr(model, "classes_"):
-        outputs = as_array(model.predict(first))
-        if target is None and outputs.ndim == 2 and outputs.shape[1] > 1:
+        outputs = as_array(model.predict(first)) if target is None else np.empty(0)
+        if outputs.ndim == 2 and outputs.shape[1] > 1:
             raise ValueError(
                 f"the model predicts {outputs.shape[1]} numbers; name the one to explain: target= 0 to "
                 f"{outputs.shape[1] - 1}, or a callable"
             )
         return _function(model.predict, target, first, "prediction")
-    if np.ndim(model.predict(first)) > 1 and not callable(target):
+    # trees count their outputs; of others one row tells
+    several = model.n_outputs_ > 1 if hasattr(model, "n_outputs_") else np.ndim(model.predict(first)) > 1
+    if several and not callable(target):
         raise ValueError(
             f"{type(model).__name__} predicts several labels a row; explain one of them: "
             "explain(lambda X: probability of that label [N], X), or a callable target= on what predict_proba gives"

@@ -14,6 +14,7 @@ import numpy as np
 
 from nbkit.shapley._game import Game
 
+_PATHS_AT_ONCE = 2**22  # rows x background rows x trees in one call of shap: a second or two
 MAX_NODES = 32767  # shap numbers the nodes of a tree with 16 bits
 # Preprocessing that works on each column alone: it commutes with taking some features from x and others from b, so
 # the Shapley values of the trees on the transformed table are those of the Pipeline on the raw one.
@@ -25,11 +26,13 @@ _COLUMNWISE = {
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """shap's explainer of the trees, the rows [N, P] they are given, and which of its outputs is wanted."""
+    """shap's explainer of the trees, the rows [N, P] they are given, which of its outputs is wanted, and what the model
+    predicts for the rows and for the background."""
 
     explainer: Any
     x: np.ndarray
     column: int
+    predicted: tuple[np.ndarray, np.ndarray]
 
     @property
     def probability(self) -> bool:
@@ -76,7 +79,7 @@ def _tried(played: Game, steps: tuple[Any, ...], trees: Any) -> Plan | str:
         ranks = _to_ranks(explainer, background)
         column = _column(explainer.model.predict(ranks(mixed), output=output), wanted)
         if column is not None:
-            return Plan(explainer, ranks(x), column)
+            return Plan(explainer, ranks(x), column, tuple(np.split(wanted, [len(x), len(x) + len(background)])[:2]))
     return (
         f"the trees of this {kind}, as shap reads them, do not add up to its prediction (a link, categories, several "
         "outputs or more than two classes)"
@@ -106,9 +109,9 @@ def tree_shap(how: Plan) -> np.ndarray:
     """Interventional Tree SHAP [N, P] (Lundberg et al. 2020, algorithm 3) over the whole background."""
     from tqdm.auto import tqdm
 
-    pieces = np.array_split(
-        how.x, -(-len(how.x) // 16)
-    )  # shap writes to stderr when one call takes ten seconds
+    # shap writes to stderr when one call takes ten seconds
+    rows = max(16, _PATHS_AT_ONCE // max(1, len(how.explainer.data) * len(how.explainer.model.trees)))
+    pieces = np.array_split(how.x, -(-len(how.x) // rows))
     values = np.concatenate(
         [
             how.explainer.shap_values(piece, check_additivity=False)
