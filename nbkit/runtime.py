@@ -8,6 +8,7 @@ import os
 import platform
 import random
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError
 from pathlib import Path
@@ -81,7 +82,8 @@ def deterministic(seed: int = 0, threads: int = 1):
     """Make a notebook give the same numbers twice: seeds, deterministic kernels, a fixed number of threads.
 
     More threads split sums differently, so the last digits of a float32 result depend on their number. Freed memory
-    stays with the process (:func:`keep_freed_memory`). Returns the generator of :func:`seed_everything`.
+    stays with the process (:func:`keep_freed_memory`). Torch's remark that sparse tensors are in beta is left out.
+    Returns the generator of :func:`seed_everything`.
 
     Raises: ValueError for fewer than one thread; and as :func:`seed_everything`.
     """
@@ -96,6 +98,7 @@ def deterministic(seed: int = 0, threads: int = 1):
     # the same as use_deterministic_algorithms(True, warn_only=True), which also imports torch's compiler: 2 s
     torch.set_deterministic_debug_mode("warn")
     keep_freed_memory()
+    warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
     return seed_everything(seed)
 
 

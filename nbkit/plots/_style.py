@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterable
 
 #: Colours that stay apart for colour-blind readers (Okabe and Ito 2008), the pale yellow left out.
@@ -40,9 +41,13 @@ _STYLE = {
 def style() -> None:
     """Set matplotlib's defaults for a notebook: the palette, sizes readable at notebook width, modest PNG files.
 
-    Changes ``matplotlib.rcParams`` for the whole process (``matplotlib.rcdefaults()`` undoes it).
+    Changes ``matplotlib.rcParams`` for the whole process (``matplotlib.rcdefaults()`` undoes it), and silences two
+    warnings about layouts: seaborn's grids lay themselves out, and networkx fills a figure without one.
     """
     import matplotlib
+
+    for said in ("The figure layout has changed to tight", "There are no gridspecs with layoutgrids"):
+        warnings.filterwarnings("ignore", said, UserWarning)
 
     matplotlib.rcParams.update(_STYLE)
     matplotlib.rcParams["axes.prop_cycle"] = matplotlib.cycler(color=PALETTE)

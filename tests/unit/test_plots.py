@@ -315,3 +315,19 @@ def test_direct_labels_stand_at_the_ends_of_seaborns_lines_and_apart(ax, table, 
     end = ax.transData.transform((10, 10))[0]
     assert all(end < box.x0 < end + 30 and box.x1 < ax.bbox.x1 + 2 for box in boxes)
     assert texts["ours"].get_position()[1] > texts["rival"].get_position()[1]
+
+
+def test_figures_that_lay_themselves_out_do_not_warn(recwarn):
+    import matplotlib.pyplot as plt
+    import networkx
+    import seaborn
+
+    plots.style()
+    table = pd.DataFrame({"x": [0, 1, 0, 1], "y": [0, 1, 1, 2], "part": list("aabb")})
+    seaborn.relplot(table, x="x", y="y", col="part", height=2)
+    plt.gcf().canvas.draw()
+    plt.figure()
+    networkx.draw(networkx.path_graph(3))
+    plt.gcf().canvas.draw()
+    plt.close("all")
+    assert [str(w.message) for w in recwarn if "layout" in str(w.message)] == []
