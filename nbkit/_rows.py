@@ -17,6 +17,7 @@ from nbkit.errors import UnknownName, did_you_mean
 
 _NUMBERS_AT_ONCE = 2**20  # input numbers in one forward where the caller names no batch: 7 pictures of 3 x 224 x 224
 _MOST_ROWS = 512
+_TABLE_AT_ONCE = 2**22
 
 
 def explained(inputs: forward.Inputs, wrt: str | None = None) -> tuple[Tensor, Callable[[Tensor, Tensor], Any]]:
@@ -76,6 +77,11 @@ def default_batch(x: Tensor, batch: int | None) -> int:
         return batch
     scale = 1 if x.device.type == "cpu" else 16
     return min(max(scale * _NUMBERS_AT_ONCE // max(x[0].numel(), 1), 4), scale * _MOST_ROWS)
+
+
+def rows_at_once(rows: int, width: int) -> int:
+    """``rows``, or as many fewer as keep a table of that width to four million numbers: 32 MB in float64."""
+    return max(1, min(rows, _TABLE_AT_ONCE // width))
 
 
 def check_target(target: forward.Target, n: int) -> None:

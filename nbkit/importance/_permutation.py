@@ -8,11 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nbkit._rows import rows_at_once
 from nbkit.importance._result import Importance, read_table, scoring_name
 from nbkit.importance._rows import Rows, make_rows
 from nbkit.importance._scoring import make_scorer
-
-_NUMBERS_AT_ONCE = 2**22  # in one call of the model, however wide the table: 4,096 rows of 1,024 features
 
 
 def permutation(
@@ -69,7 +68,7 @@ def permutation(
         )
         rows, logits = make_rows(model, X, table, labels), isinstance(model, nn.Module)
         sources = _shuffles(seed, len(target), n_repeats)
-        batch = max(1, min(batch, _NUMBERS_AT_ONCE // rows.features))
+        batch = rows_at_once(batch, rows.features)
         values, baseline, scored = _batched(rows, target, labels, scoring, sources, batch, logits)
     return Importance(values, np.atleast_1d(baseline), names, "permutation", scored)
 

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from nbkit._rows import rows_at_once
 from nbkit.errors import did_you_mean
 from nbkit.shapley._explanation import Explanation, owners, warn_of_gap
-from nbkit.shapley._game import NUMBERS_AT_ONCE, Game, exact, game
+from nbkit.shapley._game import Game, exact, game
 from nbkit.shapley._gradients import expected_gradients
 from nbkit.shapley._predict import Output
 from nbkit.shapley._trees import Plan, plan, tree_shap
@@ -172,7 +173,7 @@ def _permutation(played: Game, permutations: int, seed: int) -> np.ndarray:
     steps = np.concatenate([joining, ~joining[1:]])  # ... and then the first k are out again
     sign = np.array([[1.0], [-1.0]])
     result = np.zeros((n, p))
-    together = max(1, NUMBERS_AT_ONCE // steps.size)  # orders whose masks are held at a time
+    together = rows_at_once(permutations, steps.size)  # orders whose masks are held at a time
     for i in range(n):
         order, orders = np.arange(p), []
         for _ in range(permutations):

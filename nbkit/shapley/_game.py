@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from nbkit._rows import rows_at_once
 from nbkit.errors import NotFinite
 from nbkit.shapley._predict import Output, predictor
 from nbkit.shapley._table import Table, tabulate
 
-NUMBERS_AT_ONCE = 2**22  # of mixed rows, whatever their width: 32 MB
 MAX_EXACT_PLAYERS = 12  # 4,096 coalitions; each more player doubles the model calls and the table of v
 
 
@@ -42,10 +42,10 @@ class Game:
 
         x, background = self.table.x[rows], self.table.background
         coalitions, others = len(masks), len(background)
-        together = max(1, min(4 * self.batch, NUMBERS_AT_ONCE // x.shape[1]))
-        if self._digits is None and others <= together:
-            return self._all_values(x, masks, together // others)
+        together = rows_at_once(4 * self.batch, x.shape[1])
         alike = self._digits is not None
+        if not alike and others <= together:
+            return self._all_values(x, masks, together // others)
         if alike:
             mine = self._digits[rows] @ masks.T.astype(np.int64)  # [rows, S]
             theirs = self._digits[len(self.table.x) :] @ (~masks).T.astype(np.int64)  # [B, S]
@@ -96,7 +96,7 @@ def game(model: Any, X: Any, background: Any, *, target: Output, seed: int, batc
     if batch < 1:
         raise ValueError(f"batch must be at least 1 row, not {batch}")
     table = tabulate(model, X, background, seed)
-    batch = max(1, min(batch, NUMBERS_AT_ONCE // table.x.shape[1]))
+    batch = rows_at_once(batch, table.x.shape[1])
     if table.missing and not _may_accept_missing(model):
         raise NotFinite(
             f"NaN or infinite values in {_shown(table.missing)}; {type(model).__name__} is given none"

@@ -49,6 +49,8 @@ class Plan:
 def plan(played: Game) -> Plan | str:
     """How to explain this model with Tree SHAP, or the reason why it cannot be."""
     steps, trees = _unwrap(played.model)
+    if not hasattr(trees, "predict"):
+        return f"{type(trees).__name__} is no estimator, and holds no trees"
     if callable(played.target):
         return "a callable target= is no output of the trees"
     blocked = [type(s).__name__ for s in steps if type(s).__name__ not in _COLUMNWISE]
@@ -63,17 +65,18 @@ def plan(played: Game) -> Plan | str:
 def _tried(played: Game, steps: tuple[Any, ...], trees: Any) -> Plan | str:
     import shap
 
-    table = played.table
-    mixed = _mixtures(table.x, table.background)
-    wanted = played.predict(mixed.copy())
-    kind = type(trees).__name__
-    tables = (table.x.copy(), table.background.copy(), mixed.copy())
-    x, background, mixed = (_transformed(kind, steps, table.decode(m)) for m in tables)
+    table, kind = played.table, type(trees).__name__
+    x, background = (_transformed(kind, steps, table.decode(m.copy())) for m in (table.x, table.background))
     if x.shape[1] != table.x.shape[1]:
         return f"the trees take {x.shape[1]} features, the table has {table.x.shape[1]}"
     everything = shap.maskers.Independent(background, max_samples=len(background))  # shap would keep 100 rows
+    explainer = shap.TreeExplainer(trees, everything, model_output="raw")  # raises where there are no trees
+    mixed = _mixtures(table.x, table.background)
+    wanted = played.predict(mixed.copy())
+    mixed = _transformed(kind, steps, table.decode(mixed))
     for output in ("raw", "probability") if hasattr(trees, "predict_proba") else ("raw",):
-        explainer = shap.TreeExplainer(trees, everything, model_output=output)
+        if output != "raw":
+            explainer = shap.TreeExplainer(trees, everything, model_output=output)
         if explainer.model.trees is None or explainer.model.children_left.shape[1] > MAX_NODES:
             return f"shap cannot hold these trees (categories, or more than {MAX_NODES} nodes in one)"
         ranks = _to_ranks(explainer, background)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nbkit import forward, hooks
-from nbkit.sparsity._weights import Names, attention_around, check_finite, outputs_axis, prunable
+from nbkit.sparsity._weights import Names, attention_around, check_finite, n_outputs, prunable
 
 Scores = dict[str, Tensor]
 Loss = Callable[[object, forward.Target], Tensor]
@@ -80,7 +80,7 @@ def snip(
     for size, gradients in _gradients(model, weights, inputs, target, loss, batch):
         for name, gradient in gradients.items():
             sums[name].add_(gradient, alpha=size)
-    scores = {name: (weights[name].detach().to(total.dtype) * total).abs() for name, total in sums.items()}
+    scores = {name: (forward.wide(weights[name].detach()) * total).abs() for name, total in sums.items()}
     norm = sum(float(score.sum(dtype=torch.float64)) for score in scores.values())
     return {name: (score / norm if norm else score).cpu() for name, score in scores.items()}
 
@@ -106,7 +106,7 @@ def taylor(
     for size, gradients in _gradients(model, weights, inputs, target, loss, batch):
         seen += size
         for name, gradient in gradients.items():
-            sums[name].add_((gradient * weights[name].detach().to(gradient.dtype)).square(), alpha=size)
+            sums[name].add_((gradient * forward.wide(weights[name].detach())).square(), alpha=size)
     return {name: (total / seen).cpu() for name, total in sums.items()}
 
 
@@ -143,7 +143,7 @@ def logit_sensitivity(
     score = _target_score
     for _, gradients in _gradients(model, weights, inputs, target, score, 1):
         for name, gradient in gradients.items():
-            sums[name].add_((gradient * weights[name].detach().to(gradient.dtype)).abs())
+            sums[name].add_((gradient * forward.wide(weights[name].detach())).abs())
     return {name: (total / forward.batch_size(inputs)).cpu() for name, total in sums.items()}
 
 
@@ -184,10 +184,10 @@ def _gradients(
                 raise ValueError("loss(output, target) must return one number, a tensor of one element")
             scale = _LOSS_SCALE if _is_half(weights) else 1.0
             found = torch.autograd.grad(scale * value.squeeze(), list(weights.values()), allow_unused=True)
-        gradients = _zeros(weights)
-        for name, gradient in zip(weights, found, strict=True):
-            if gradient is not None:
-                gradients[name] = forward.wide(gradient) / scale
+        pairs = zip(weights.items(), found, strict=True)
+        gradients = {n: torch.zeros_like(forward.wide(w)) if g is None else forward.wide(g) for (n, w), g in pairs}
+        if scale != 1:
+            gradients = {name: gradient / scale for name, gradient in gradients.items()}
         check_finite(gradients, "the gradient of")
         yield forward.batch_size(rows), gradients
 
@@ -247,9 +247,4 @@ def _weights(model: nn.Module, layers: Names, exclude: Names) -> dict[str, nn.Pa
 
 
 def _units(module: nn.Module) -> int:
-    axis = outputs_axis(module)
-    if axis is not None:
-        return module.weight.shape[axis]
-    if isinstance(module, nn.MultiheadAttention):
-        return module.embed_dim
-    return module.out_channels
+    return module.embed_dim if isinstance(module, nn.MultiheadAttention) else n_outputs(module)

@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from nbkit import forward
 from nbkit.errors import LayerDidNotRun
 from nbkit.sparsity._masks import Masks
-from nbkit.sparsity._weights import check_finite, is_product, outputs_axis, prunable
+from nbkit.sparsity._weights import check_finite, is_product, n_outputs, prunable
 
 
 def flops(model: nn.Module, inputs: forward.Inputs, *, masks: Masks | None = None):
@@ -84,8 +84,7 @@ def _count_positions(row: str, positions: dict[str, int]):
         elif isinstance(module, _ConvTransposeNd):
             count = args[0].numel() // module.in_channels
         else:
-            axis = outputs_axis(module)
-            count = output.numel() // (module.out_channels if axis is None else module.weight.shape[axis])
+            count = output.numel() // n_outputs(module)
         positions[row] = positions.get(row, 0) + count
 
     return hook

@@ -12,6 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
 from nbkit import forward
+from nbkit.sparsity._weights import computed
 
 
 @dataclass
@@ -105,11 +106,6 @@ def _group(graph, items, order: dict[str, int]) -> Group:
     return group
 
 
-def width(layer: nn.Module) -> int:
-    """How many outputs a Linear or Conv layer has."""
-    return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
-
-
 def _mixes(module: nn.Module) -> bool:
     """Whether each output reads all inputs, so that one axis can be cut without the other."""
     return isinstance(module, nn.Linear) or (isinstance(module, _ConvNd) and module.groups == 1)
@@ -120,10 +116,7 @@ def check_weights(model: nn.Module) -> None:
     seen: dict[int, str] = {}
     for path, module in model.named_modules():
         if parametrize.is_parametrized(module) or hasattr(module, "weight_orig") or hasattr(module, "weight_g"):
-            raise TypeError(
-                f"layer {path!r} computes its weight (torch pruning, weight norm or a parametrization); make it a "
-                "plain parameter first"
-            )
+            raise TypeError(computed(path))
         for name, parameter in module.named_parameters(recurse=False):
             if seen.setdefault(id(parameter), path) != path:
                 raise TypeError(

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nbkit import forward
-from nbkit.sparsity._groups import Group, Member, check_weights, groups, width
+from nbkit.sparsity._groups import Group, Member, check_weights, groups
 from nbkit.sparsity._masks import _as_bool
 from nbkit.sparsity._select import keep_largest
-from nbkit.sparsity._weights import check_finite, check_sparsity, select
+from nbkit.sparsity._weights import check_finite, check_sparsity, n_outputs, select
 
 
 def structured(
@@ -83,8 +83,9 @@ def _given(found: list[Group], channels: Mapping[str, Tensor]) -> dict[str, Tens
     for name, mask in channels.items():
         mask = _as_bool(name, mask).cpu()
         for group, layer in (pair for parameter in select(name, owners) for pair in owners[parameter]):
-            if mask.shape != (width(layer.module),):
-                raise ValueError(f"{name!r} has {width(layer.module)} channels; its mask has shape {tuple(mask.shape)}")
+            size = n_outputs(layer.module)
+            if mask.shape != (size,):
+                raise ValueError(f"{name!r} has {size} channels; its mask has shape {tuple(mask.shape)}")
             kept = keep.setdefault(group.name, torch.ones(group.size, dtype=torch.bool))
             kept[layer.channels[~mask[layer.entries]]] = False
     for group in found:
@@ -126,8 +127,9 @@ def _of_units(name: str, score: Tensor, layer: Member) -> Tensor:
     """[channels of the layer]: a score for each, summed over its weights where there is one a weight."""
     if score.ndim > 1 and score.shape == layer.module.weight.shape and getattr(layer.module, "transposed", False):
         score = score.transpose(0, 1)  # [in, out, ...]
-    if score.ndim == 0 or len(score) != width(layer.module):
-        raise ValueError(f"{name!r} has {width(layer.module)} channels; its scores have shape {tuple(score.shape)}")
+    size = n_outputs(layer.module)
+    if score.ndim == 0 or len(score) != size:
+        raise ValueError(f"{name!r} has {size} channels; its scores have shape {tuple(score.shape)}")
     return score.detach().cpu().double().flatten(1).sum(1) if score.ndim > 1 else score.detach().cpu().double()
 
 
@@ -184,7 +186,7 @@ def _compare(
 
 
 def _mask(model: nn.Module, layer: Member, removed: Tensor) -> Tensor:
-    mask = torch.ones(width(model.get_submodule(layer.name)), dtype=torch.bool)  # the layer itself is cut by now
+    mask = torch.ones(n_outputs(model.get_submodule(layer.name)), dtype=torch.bool)  # the layer itself is cut by now
     mask[layer.entries[removed[layer.channels]]] = False
     return mask
 

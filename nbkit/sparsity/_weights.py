@@ -38,10 +38,7 @@ def prunable(model: nn.Module, *, layers: Names = None, exclude: Names = ()) -> 
             continue
         weight = module._parameters.get("weight")
         if weight is None:
-            raise ValueError(
-                f"layer {path!r} computes its weight (torch pruning, weight norm or a parametrization); make it a "
-                "plain parameter first, for example with torch.nn.utils.prune.remove(layer, 'weight')"
-            )
+            raise ValueError(computed(path))
         if isinstance(weight, nn.parameter.UninitializedParameter):
             raise ValueError(f"layer {path!r} is lazy and has no weight yet; run one forward pass first")
         if not any(weight is other for other in found.values()):
@@ -86,6 +83,19 @@ def outputs_axis(module: nn.Module) -> int | None:
         if isinstance(got, Tensor) and got.shape == wanted.shape and torch.allclose(got, wanted, rtol=1e-2, atol=1e-3):
             return axis
     return None
+
+
+def n_outputs(module: nn.Module) -> int:
+    """How many outputs a layer has that :func:`is_product` knows."""
+    return module.out_channels if isinstance(module, _ConvNd) else module.weight.shape[outputs_axis(module)]
+
+
+def computed(path: str) -> str:
+    """What to say of a layer whose weight is no plain parameter."""
+    return (
+        f"layer {path!r} computes its weight (torch pruning, weight norm or a parametrization); make it a plain "
+        "parameter first, for example with torch.nn.utils.prune.remove(layer, 'weight')"
+    )
 
 
 def _report_uncovered(model: nn.Module, found: Mapping[str, Tensor], embedded: set[int]) -> None:

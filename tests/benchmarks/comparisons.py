@@ -242,17 +242,24 @@ def _():
     )
 
 
+@functools.cache
+def stepped():
+    """Breast tumours [569, 30] in steps of 1/64, which float32 holds as well as thresholds between them, and labels."""
+    from nbkit import datasets
+
+    table = datasets.load("breast-cancer")
+    return (64 * table.X).round() / 64, table.y
+
+
 @row("Shapley values, random forest of 100 trees, 200 rows of 30 features", "shap.TreeExplainer")
 def _():
     import shap
     from sklearn.ensemble import RandomForestClassifier
 
-    from nbkit import datasets, shapley
+    from nbkit import shapley
 
-    table = datasets.load("breast-cancer")
-    # steps of 1/64: float32, in which shap compares, holds these values and the thresholds between them
-    X = (64 * table.X).round() / 64
-    forest = RandomForestClassifier(100, random_state=0).fit(X[:300], table.y[:300])
+    X, y = stepped()
+    forest = RandomForestClassifier(100, random_state=0).fit(X[:300], y[:300])
     rows, background = X[300:500], X[:50]
     reference = shap.TreeExplainer(forest, background.to_numpy())
     return Row(
@@ -361,11 +368,10 @@ def _():
     import shap
     from sklearn.ensemble import GradientBoostingRegressor
 
-    from nbkit import datasets, shapley
+    from nbkit import shapley
 
-    table = datasets.load("breast-cancer")
-    X = (64 * table.X).round() / 64  # float32, in which shap compares, holds these values
-    booster = GradientBoostingRegressor(random_state=0).fit(X[:300], table.y[:300])
+    X, y = stepped()
+    booster = GradientBoostingRegressor(random_state=0).fit(X[:300], y[:300])
     rows, background = X[300:500], X[:50]
     return Row(
         ours=lambda: shapley.explain(booster, rows, background, method="tree").values,

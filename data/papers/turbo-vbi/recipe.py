@@ -2,7 +2,7 @@
 
 Five networks 64-50-10 of 1,000 digits (seeds 0 to 4), three LeNet-300-100 of 10,000 MNIST images (seeds 0 to 2).
 rates.csv is the search for learning rates and for the i.i.d. lam, on other seeds and on held-back images. The
-functions are the method cells of notebooks/06-pruning/10-turbo-vbi. About 5 minutes on one core; a run that was
+functions are the method cells of notebooks/06-pruning/10-turbo-vbi. About 8 minutes on one core; a run that was
 stopped goes on where it was (delete the folder --work for a fresh start).
 """
 
