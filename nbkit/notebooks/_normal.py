@@ -5,11 +5,12 @@ from __future__ import annotations
 import base64
 import copy
 import hashlib
+import html
 import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nbkit import _cells
 from nbkit._png import lighter
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from nbformat import NotebookNode
 
 PLACEHOLDER = "[a control: run the cell to use it]"
+_CHECKS_CONTROLS = re.compile(r"^\s*(widgets\.)?selfcheck\(", re.MULTILINE)
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 METADATA = {
@@ -43,7 +45,8 @@ def normalise(notebook: NotebookNode) -> NotebookNode:
         cell.source = cell.source.rstrip()
         if cell.cell_type != "code":
             continue
-        if "hide-input" in cell.metadata.get("tags", []):
+        # how a figure is drawn, and the check that every control answers, are for whoever writes the notebook
+        if "hide-input" in cell.metadata.get("tags", []) or _CHECKS_CONTROLS.search(cell.source):
             cell.metadata.jupyter = from_dict({"source_hidden": True})
         count += bool(cell.source.strip())
         cell.execution_count = count if cell.source.strip() else None
@@ -90,8 +93,11 @@ def text(notebook: NotebookNode) -> str:
 
 
 def _outputs(outputs: Iterable[NotebookNode], count: int | None) -> list[NotebookNode]:
+    from nbformat import from_dict
+
     kept: list[NotebookNode] = []
     for output in outputs:
+        below = None
         if output.output_type == "stream":
             output.text = without_progress(output.text)
             if output.name == "stderr" or not output.text:
@@ -99,16 +105,39 @@ def _outputs(outputs: Iterable[NotebookNode], count: int | None) -> list[Noteboo
             if kept and kept[-1].output_type == "stream":
                 kept[-1].text += output.text
                 continue
-        elif "data" in output and not _without_widget(output):
-            continue
+        elif "data" in output:
+            below = caption(output)
+            if not _without_widget(output):
+                continue
         if "image/png" in output.get("data", {}) and output.output_type == "display_data":
             _lighten(output)
         if output.output_type == "execute_result":
             output.execution_count = count
         if "metadata" in output:
             output.metadata = type(output.metadata)({k: v for k, v in output.metadata.items() if k in output.data})
-        kept.append(output)
+        kept.extend([output] if below is None else [output, from_dict(below)])
     return kept
+
+
+def caption(output: dict[str, Any]) -> dict[str, Any] | None:
+    """The output that goes below an explorer's picture once its widget view is gone: what the reader can turn.
+
+    None for any other output. ``output`` is one of a notebook's, as it came from the kernel.
+    """
+    about = output.get("metadata", {}).get("image/png", {})
+    controls = about.get("controls")
+    if WIDGET not in output.get("data", {}) or not controls:
+        return None
+    count = f"{len(controls)} control{'s' * (len(controls) != 1)}"
+    names = ", ".join(controls)
+    return {
+        "output_type": "display_data",
+        "data": {
+            "text/html": f"<em>A stored picture. Run this cell for {count}: {html.escape(names)}.</em>",
+            "text/plain": f"[a stored picture; run this cell for {count}: {names}]",
+        },
+        "metadata": {},
+    }
 
 
 def _lighten(output: NotebookNode) -> None:
@@ -116,6 +145,8 @@ def _lighten(output: NotebookNode) -> None:
     if not output.data.get("text/plain", "").startswith("explore("):
         kind, picture = lighter(base64.b64decode(output.data.pop("image/png")))
         output.data[kind] = base64.b64encode(picture).decode()
+        if "image/png" in output.metadata:
+            output.metadata[kind] = output.metadata.pop("image/png")
 
 
 def without_progress(text: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nbkit.notebooks._normal import METADATA, WIDGET, is_progress
+from nbkit.notebooks._normal import METADATA, WIDGET, caption, is_progress
 
 
 def keep_pictures(model: dict[str, Any], **_: Any) -> None:
@@ -31,20 +31,22 @@ def keep_pictures(model: dict[str, Any], **_: Any) -> None:
     states = metadata.get("widgets", {}).get("application/vnd.jupyter.widget-state+json", {}).get("state", {})
     for cell in notebook.get("cells", []):
         if "outputs" in cell:
-            cell["outputs"] = [output for output in cell["outputs"] if _stays(output, states)]
+            cell["outputs"] = [stored for output in cell["outputs"] for stored in _stored(output, states)]
 
 
-def _stays(output: dict[str, Any], states: dict[str, Any]) -> bool:
-    """Whether an output is stored; its widget view is taken out where the rest says it as well."""
+def _stored(output: dict[str, Any], states: dict[str, Any]) -> list[dict[str, Any]]:
+    """What is stored of an output; where the rest says it as well, its widget view is taken out."""
     data = output.get("data", {})
     if WIDGET not in data or data[WIDGET].get("model_id") in states:
-        return True
+        return [output]
     if is_progress("".join(data.get("text/plain", ""))):
-        return False
-    if any(kind.startswith("image/") for kind in data):
-        del data[WIDGET]
-        output.get("metadata", {}).pop(WIDGET, None)
-    return True
+        return []
+    if not any(kind.startswith("image/") for kind in data):
+        return [output]
+    below = caption(output)
+    del data[WIDGET]
+    output.get("metadata", {}).pop(WIDGET, None)
+    return [output] if below is None else [output, below]
 
 
 def _jupyter_server_extension_points() -> list[dict[str, str]]:

@@ -14,10 +14,10 @@ Arrays may be torch tensors (on any device, with or without gradient) or anythin
 
 from nbkit.plots._parts import contributions, layer_density
 from nbkit.plots._pictures import gallery, heatmap, overlay, show_image
-from nbkit.plots._style import DIVERGING, PALETTE, SEQUENTIAL, colours, style
+from nbkit.plots._style import DIVERGING, PALETTE, SEQUENTIAL, colours, description, style
 from nbkit.plots._tables import RANGE, direct_labels, legend, log_ticks, means, percent
 
 __all__ = [
-    "DIVERGING", "PALETTE", "RANGE", "SEQUENTIAL", "colours", "contributions", "direct_labels", "gallery", "heatmap",
-    "layer_density", "legend", "log_ticks", "means", "overlay", "percent", "show_image", "style",
+    "DIVERGING", "PALETTE", "RANGE", "SEQUENTIAL", "colours", "contributions", "description", "direct_labels",
+    "gallery", "heatmap", "layer_density", "legend", "log_ticks", "means", "overlay", "percent", "show_image", "style",
 ]  # fmt: skip

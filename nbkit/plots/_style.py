@@ -5,6 +5,10 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 #: Colours that stay apart for colour-blind readers (Okabe and Ito 2008), the pale yellow left out.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -56,6 +60,33 @@ def style() -> None:
 
         # without the version that drew it, a picture is the same file on another machine
         set_matplotlib_formats("png", bbox_inches="tight", metadata={"Software": None})
+        _describe_figures()
+
+
+def description(figure: Figure) -> str:
+    """What a figure's titles say, for a reader who cannot see it; its axes' labels where it has no title.
+
+    >>> description(figure)
+    'Random tickets lose 5 points; the winning one none'
+    """
+    axes = figure.get_axes()
+    above = [figure.get_suptitle(), *(ax.get_title(loc) for ax in axes for loc in ("left", "center", "right"))]
+    labels = [f"{ax.get_ylabel() or 'y'} against {ax.get_xlabel() or 'x'}" for ax in axes if ax.axison]
+    texts = [" ".join(text.split()) for text in above] if any(above) else labels
+    return "; ".join(dict.fromkeys(filter(None, texts)))
+
+
+def _describe_figures() -> None:
+    """From now on a figure shown by a cell carries its description in the output's metadata.
+
+    nbconvert's classic template reads it from there; JupyterLab does with nbkit/notebooks/labextension.
+    """
+    from IPython import get_ipython
+    from matplotlib.figure import Figure
+
+    png = get_ipython().display_formatter.formatters["image/png"]
+    draw = png.lookup_by_type(Figure)
+    png.for_type(Figure, lambda figure: (draw(figure), {"alt": description(figure)}))
 
 
 def colours(names: Iterable[str], *, grey: Iterable[str] = ()) -> dict[str, str]:

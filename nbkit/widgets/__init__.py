@@ -12,7 +12,8 @@ What a control may be (:func:`explore` has the details):
 ===========================  ==========================================================
 ``LayerPicker`` and so on    the picker, or any other ipywidget that has a ``value``
 ``(0, 10)`` ``(0, 1, 0.1)``  a slider from, to, in steps of; a fourth number is where it starts
-``["a", "b"]``               a menu, as is any row of values; ``{"label": value}`` gives them names of their own
+``["a", "b"]``               a menu, as is any row of values; ``{"label": value}`` gives them names of their own;
+                             up to five short options are buttons
 ``True``  ``"text"``         a tick box; a line of text
 anything else                passed on to ``render`` as it is
 ===========================  ==========================================================

@@ -15,6 +15,8 @@ from nbkit.errors import NotFinite, did_you_mean
 
 _WIDE = {"description_width": "initial"}
 _MENU = {"width": "auto", "max_width": "100%"}
+_BUTTONS = 5
+"""Up to so many options are buttons in a row, all of them in sight, while their labels fit into one line."""
 
 
 def control(name: str, spec: Any, initial: Any = None) -> ipywidgets.Widget | None:
@@ -81,9 +83,10 @@ def _menu(name: str, spec, readable: str):
     options = list(spec.items()) if isinstance(spec, Mapping) else [(str(v), v) for v in values]
     if not options:
         raise ValueError(f"control {name!r}: there is nothing to choose from")
-    return ipywidgets.Dropdown(
-        options=options, index=0, equals=_same, description=readable, style=_WIDE, layout=_MENU
-    )
+    about = {"options": options, "index": 0, "equals": _same, "description": readable}
+    if len(options) <= _BUTTONS and sum(len(label) + 4 for label, _ in options) <= 80:
+        return ipywidgets.ToggleButtons(**about, style={**_WIDE, "button_width": "auto"}, layout=_MENU)
+    return ipywidgets.Dropdown(**about, style=_WIDE, layout=_MENU)
 
 
 def _same(a: Any, b: Any) -> bool:

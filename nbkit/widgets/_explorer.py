@@ -49,7 +49,8 @@ def explore(
         controls: by the names of render's arguments, each one of: a picker or any ipywidget with a ``value``;
             a tuple ``(min, max)``, ``(min, max, step)`` or ``(min, max, step, value)``, a slider, over ints where all
             are ints; a list, a menu, as are a range, an array with one axis, an Index and a dict's keys; a dict
-            label -> value, a menu; a bool, a tick box; a string, a line of text. Anything else is passed on unchanged.
+            label -> value, a menu (up to five short options are buttons); a bool, a tick box; a string, a line of text.
+            Anything else is passed on unchanged.
         initial: where controls start, by name; for a menu the value or the label.
         figsize, dpi: of the picture; inches and pixels an inch. An axis has up to seven ticks, unless render sets them.
         cache_bytes: frames kept, in bytes; 0 keeps none.
@@ -70,7 +71,8 @@ class Explorer:
     Attributes: ``controls`` (name -> widget), ``values`` (name -> what render gets), ``frame`` (the current picture,
     PNG), ``error`` (the exception render raised for it, or None), ``widget`` (the whole as an ipywidget).
 
-    In JupyterLab the output is the live widget; GitHub and nbconvert show the frame that the same output carries.
+    In JupyterLab the output is the live widget; GitHub and nbconvert show the frame that the same output carries, its
+    metadata holding a description (``alt``) and the names of the controls.
     """
 
     def __init__(self, render, controls, initial, figsize, dpi, cache_bytes):
@@ -91,6 +93,7 @@ class Explorer:
         self._image = _Picture(format="png", layout={"max_width": "100%", "align_self": "flex-start"})
         self._message = ipywidgets.HTML(layout={"display": "none"})
         self.widget = ipywidgets.VBox([_row(self.controls), self._image, self._message])
+        self.widget.add_class("nbkit-explorer")  # by which JupyterLab's page knows it: nbkit/notebooks/labextension
         self._stale, self._held, self._scheduled = True, False, False
         self._loop = _running_loop()
         for widget in self.controls.values():
@@ -245,7 +248,8 @@ class Explorer:
         data = {"text/plain": repr(self), "image/png": base64.b64encode(frame).decode("ascii")}
         live = self.widget._repr_mimebundle_() if self.widget.comm is not None else {}
         data |= {mime: content for mime, content in live.items() if mime not in data}
-        return data, {"image/png": {"alt": f"{self.name} at {self._settings()}"}}
+        names = [getattr(w, "description", "") or n for n, w in self.controls.items()]
+        return data, {"image/png": {"alt": f"{self.name} at {self._settings()}", "controls": names}}
 
 
 class _Picture(ipywidgets.Image):

@@ -118,6 +118,29 @@ def test_an_explorer_keeps_its_picture_and_loses_its_view():
     assert outputs[0].data == {"image/png": PNG, "text/plain": "explore(f, k=...)"}
 
 
+def test_an_explorer_is_captioned_once_and_its_description_stays():
+    about = {"alt": "f at k=1", "controls": ["k"]}
+    view = {WIDGET.replace("/", "__"): {"model_id": "1"}}
+    live = shown(image__png=PNG, text__plain="explore(f, k=...)", **view)
+    live.metadata = {"image/png": about, "needs_background": None}
+    once = notebooks.normalise(book(new_code_cell("x", outputs=[live])))
+    picture, below = once.cells[0].outputs
+    assert picture.metadata == {"image/png": about}
+    assert below.data["text/plain"] == "[a stored picture; run this cell for 1 control: k]"
+    assert notebooks.normalise(once) == once
+
+
+def test_a_figures_description_moves_with_it_to_its_lighter_form(monkeypatch):
+    from nbkit.notebooks import _normal
+
+    monkeypatch.setattr(_normal, "lighter", lambda png: ("image/jpeg", b"lighter"))
+    figure = shown(image__png=PNG)
+    figure.metadata = {"image/png": {"alt": "a cat"}}
+    [stored] = normal_outputs(figure)
+    assert set(stored.data) == {"image/jpeg"}
+    assert stored.metadata == {"image/jpeg": {"alt": "a cat"}}
+
+
 def test_a_widget_without_a_picture_leaves_a_hint_and_a_progress_bar_nothing():
     view = {WIDGET.replace("/", "__"): {"model_id": "1"}}
     slider, bar = normal_outputs(shown(text__plain="IntSlider(value=3)", **view)), normal_outputs(
@@ -145,12 +168,15 @@ def test_metadata_keeps_tags_and_loses_the_rest():
     assert normal.metadata.kernelspec.name == "python3"
 
 
-def test_a_cell_tagged_hide_input_is_collapsed_and_no_other_one():
+def test_a_cell_tagged_hide_input_or_checking_controls_is_collapsed_and_no_other_one():
     shown = new_code_cell("x", metadata={"jupyter": {"source_hidden": True, "outputs_hidden": True}})
     tagged = new_code_cell("y", metadata={"tags": ["hide-input"]})
     text = new_markdown_cell("z", metadata={"tags": ["hide-input"]})
-    normal = notebooks.normalise(book(shown, tagged, text)).cells
-    assert [cell.metadata.get("jupyter") for cell in normal] == [None, {"source_hidden": True}, None]
+    checking = new_code_cell("# NBVAL_CHECK_OUTPUT\nwidgets.selfcheck()")
+    naming = new_code_cell("print('what selfcheck() does')")
+    normal = notebooks.normalise(book(shown, tagged, text, checking, naming)).cells
+    collapsed = {"source_hidden": True}
+    assert [cell.metadata.get("jupyter") for cell in normal] == [None, collapsed, None, collapsed, None]
 
 
 def test_check_tells_a_cell_that_is_hidden_or_shown_against_its_tag(tmp_path):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from jupyter_core.paths import jupyter_config_path
+from jupyter_core.paths import jupyter_config_path, jupyter_path
 from jupyter_server.extension.config import ExtensionConfigManager
 from jupyter_server.services.contents.largefilemanager import LargeFileManager
 from nbformat.v4 import new_code_cell, new_notebook, new_output
@@ -49,6 +50,18 @@ def test_a_picture_stays_without_the_view_that_would_hide_it(kind):
     assert shown({**bundle, WIDGET: VIEW}) == [bundle]
     assert saved({**bundle, WIDGET: VIEW})["cells"][0]["outputs"][0]["metadata"] == {}
     assert shown(bundle, {"text/plain": "1"}) == [bundle, {"text/plain": "1"}]
+
+
+def test_a_stored_explorer_says_below_its_picture_what_can_be_turned():
+    about = {"alt": "f at k=1", "controls": ["k", "keep <top>"]}
+    live = new_output("display_data", data={"image/png": PNG, WIDGET: VIEW}, metadata={"image/png": about})
+    model = {"type": "notebook", "content": new_notebook(cells=[new_code_cell("x", outputs=[live])])}
+    for _ in range(2):  # saved once more, it says so once
+        lab.keep_pictures(model=model)
+        picture, below = model["content"]["cells"][0]["outputs"]
+        assert picture["data"] == {"image/png": PNG} and picture["metadata"] == {"image/png": about}
+        assert "Run this cell for 2 controls: k, keep &lt;top&gt;." in below["data"]["text/html"]
+        assert "run this cell for 2 controls: k, keep <top>]" in below["data"]["text/plain"]
 
 
 def test_a_control_without_a_picture_stays_for_a_kernel_that_goes_on():
@@ -96,3 +109,12 @@ def test_the_installation_switched_it_on():
     config = ExtensionConfigManager(read_config_path=jupyter_config_path())
     [point] = lab._jupyter_server_extension_points()
     assert config.enabled(point["module"]), "install the kit again: pip install -e ."
+
+
+def test_the_installation_brought_the_page_its_part():
+    installed = [Path(folder) / "nbkit" for folder in jupyter_path("labextensions")]
+    [found] = [folder for folder in installed if folder.is_dir()]
+    part = Path(lab.__file__).parent / "labextension"
+    load = json.loads((part / "package.json").read_text())["jupyterlab"]["_build"]["load"]
+    said = "install the kit again: pip install -e ."
+    assert (found / load).read_text(encoding="utf-8") == (part / load).read_text(encoding="utf-8"), said

@@ -331,3 +331,15 @@ def test_figures_that_lay_themselves_out_do_not_warn(recwarn):
     plt.gcf().canvas.draw()
     plt.close("all")
     assert [str(w.message) for w in recwarn if "layout" in str(w.message)] == []
+
+
+def test_a_figure_is_described_by_its_titles_and_without_them_by_its_axes(fig):
+    left, right = fig.subplots(1, 2)
+    left.set(xlabel="sparsity", ylabel="accuracy")
+    right.axis("off")
+    assert plots.description(fig) == "accuracy against sparsity"
+    left.set_title("Random masks lose\n5 points", loc="left")
+    right.set_title("and these do not")
+    assert plots.description(fig) == "Random masks lose 5 points; and these do not"
+    fig.suptitle("Both")
+    assert plots.description(fig) == "Both; Random masks lose 5 points; and these do not"

@@ -146,7 +146,7 @@ def test_each_kind_of_value_becomes_its_control():
     kinds = {name: type(control) for name, control in explorer.controls.items()}
     assert kinds == {
         "whole": ipywidgets.IntSlider, "stepped": ipywidgets.IntSlider, "real": ipywidgets.FloatSlider,
-        "menu": ipywidgets.Dropdown, "named": ipywidgets.Dropdown, "tick": ipywidgets.Checkbox,
+        "menu": ipywidgets.ToggleButtons, "named": ipywidgets.ToggleButtons, "tick": ipywidgets.Checkbox,
         "text": ipywidgets.Text, "widget": ipywidgets.IntText,
     }  # fmt: skip
     assert explorer.values == {
@@ -154,6 +154,24 @@ def test_each_kind_of_value_becomes_its_control():
         "fixed": fixed, "number": 3,
     }  # fmt: skip
     assert render.calls == [explorer.values]
+
+
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [
+        (range(5), ipywidgets.ToggleButtons),
+        (range(6), ipywidgets.Dropdown),
+        (["a short one", "another"], ipywidgets.ToggleButtons),
+        (["a label of a layer that is long", "another label that is as long", "and a third"], ipywidgets.Dropdown),
+    ],
+)
+def test_a_few_short_options_are_buttons_and_more_are_a_menu(options, kind):
+    explorer = small(Recorder(), menu=options)
+    assert type(explorer.controls["menu"]) is kind
+    explorer.set(menu=list(options)[1])
+    assert explorer.values == {"menu": list(options)[1]}
+    with pytest.raises(ValueError, match="cannot take"):
+        explorer.set(menu="nothing of the kind")
 
 
 def test_controls_are_labelled_in_words():
@@ -452,7 +470,7 @@ def test_the_output_carries_the_live_widget_and_the_picture_of_the_current_frame
     assert data[WIDGET_VIEW]["model_id"] == explorer.widget.model_id
     assert base64.b64decode(data["image/png"]) == explorer.frame
     assert data["text/plain"] == "explore(recorder, a=..., fixed=...) at a=4"
-    assert metadata["image/png"]["alt"] == "recorder at a=4"
+    assert metadata["image/png"] == {"alt": "recorder at a=4", "controls": ["a"]}
 
 
 def test_a_closed_explorer_is_still_a_picture():
