@@ -14,14 +14,15 @@ asks for these classes.
 
 from __future__ import annotations
 
+from nbkit.datasets._canvas import Canvas, canvas
 from nbkit.datasets._catalogue import BESIDE, CATALOGUE
 from nbkit.datasets._texts import Dictionary, Retrieval
 from nbkit.datasets._types import About, Dataset, File, Pictures, Table, Tensors, Texts
 from nbkit.errors import UnknownName, did_you_mean
 
 __all__ = [
-    "About", "Dataset", "Dictionary", "File", "Pictures", "Retrieval", "Table", "Tensors", "Texts",
-    "about", "files", "load", "names",
+    "About", "Canvas", "Dataset", "Dictionary", "File", "Pictures", "Retrieval", "Table", "Tensors", "Texts",
+    "about", "canvas", "files", "load", "names",
 ]  # fmt: skip
 
 

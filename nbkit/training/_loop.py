@@ -99,6 +99,7 @@ def fit(
     validation: Pair | Mapping[str, Pair] | None = None,
     every: int | None = None,
     augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
+    adversary: Callable[[nn.Module, Tensor, Tensor, torch.Generator], Tensor] | None = None,
     post_step: Callable[[nn.Module], None] | None = None,
     on_epoch: Callable[[int, History], None] | None = None,
     seed: int = 0,
@@ -116,9 +117,12 @@ def fit(
         schedule: factor on ``lr`` as a function of the fraction of training done, 0 to 1; see ``cosine``.
         validation: ``(x, y)``, or several by name; evaluated every ``every`` steps (default: epoch) and at the end.
         augment: ``(x, generator) -> x``, applied to each training batch on the CPU.
+        adversary: ``(model, x, y, generator) -> x``, applied to each training batch last, on the model's device: what
+            the step then trains on. It has a generator of its own: the order of examples is that without it.
         post_step: called with the model after each update: the place to apply a sparsity mask again.
         on_epoch: called with the number of epochs done and the history so far.
-        seed: of the order of examples, of ``augment`` and of dropout. The global random state is left alone.
+        seed: of the order of examples, of ``augment``, of ``adversary`` and of dropout. The global random state is left
+            alone.
         device: where to train, "auto" as in ``runtime.device`` (default: where the model is). The model stays there;
             ``data`` stays where it is.
 
@@ -150,6 +154,7 @@ def fit(
         model.to(there)
     device = next(model.parameters()).device
     history, order, generator = History(), torch.empty(0), torch.Generator().manual_seed(seed)
+    attacks = torch.Generator().manual_seed(seed)
     good = _Snapshot(model)
     started = time.perf_counter()
     with (
@@ -163,9 +168,11 @@ def fit(
                 order = torch.randperm(n, generator=generator)
             index = order[at : n if step % per_epoch == 0 else at + batch].to(y.device)
             xb, yb = forward.take(x, index), y[index]
-            xb = augment(xb, generator) if augment else xb
+            xb = moved(augment(xb, generator) if augment else xb, device)
+            yb = yb.to(device)
+            xb = adversary(model, xb, yb, attacks) if adversary else xb
 
-            value = loss(forward.logits(model, moved(xb, device)), yb.to(device))
+            value = loss(forward.logits(model, xb), yb)
             if not math.isfinite(value.item()):
                 good.restore()
                 raise NotFinite(f"the loss is {value.item()} at step {step} of {total}; the model is left as it was at "

@@ -129,3 +129,12 @@ def _see_the_pictures_of_explorers(page, notebook: dict) -> None:
         assert picture.evaluate("e => e.complete && e.naturalWidth") > 100
     said = page.locator(".jp-NotebookPanel:visible").first.evaluate("e => e.textContent")
     assert not re.search("(?i)error displaying widget|model not found", said)
+
+
+def test_the_map_of_papers_leads_to_their_notebooks(page, lab):
+    open_notebook(page, lab, "notebooks/00-start/01-welcome.ipynb")
+    link = scroll_to(page, '.jp-OutputArea a[href*="01-lottery-ticket"]')
+    assert "The Lottery Ticket Hypothesis" in link.inner_text()
+    link.click()
+    page.locator(".lm-TabBar-tab.lm-mod-current", has_text="01-lottery-ticket.ipynb").wait_for()
+    page.locator(".jp-NotebookPanel:visible .jp-MarkdownCell", has_text="Lottery Ticket").first.wait_for()

@@ -20,7 +20,7 @@ from nbkit import datasets, recipes, weights
 from nbkit._files import write_whole
 from nbkit._paths import data_dir
 from nbkit.datasets import _load
-from nbkit.errors import UnknownName
+from nbkit.errors import NotFinite, UnknownName
 
 FETCHED = {"imagenet-sample", "cifar-sample", "textile"}
 LOCAL = [n for n in datasets.names() if n not in FETCHED]
@@ -335,3 +335,47 @@ def test_fashion_mnist_is_what_its_recipe_builds(tmp_path):
         assert (
             all(np.array_equal(built[k], shipped[k]) for k in shipped.files) and built.files == shipped.files
         )
+
+
+def test_a_canvas_places_each_tile_and_says_where():
+    tiles = torch.rand(3, 2, 4, 5, generator=torch.Generator().manual_seed(0))
+    cells = torch.tensor([[[2, -1, 0], [-1, 1, 1]], [[-1, -1, -1], [0, 0, -1]]])
+    made = datasets.canvas(tiles, cells)
+    assert made.images.shape == (2, 2, 8, 15) and made.boxes.shape == (2, 2, 3, 4)
+    for n in range(2):
+        for row in range(2):
+            for column in range(3):
+                top, left, bottom, right = made.boxes[n, row, column].tolist()
+                part = made.images[n, :, top:bottom, left:right]
+                tile = int(cells[n, row, column])
+                assert torch.equal(part, tiles[tile] if tile >= 0 else torch.zeros(2, 4, 5))
+
+
+def test_noise_on_a_canvas_is_seeded_has_its_size_and_stays_in_bounds():
+    grey = torch.full((1, 1, 40, 40), 0.5)
+    cells = torch.zeros(2, 2, 2, dtype=torch.long)
+    made = datasets.canvas(grey, cells, noise=0.1, seed=3).images
+    assert torch.equal(made, datasets.canvas(grey, cells, noise=0.1, seed=3).images)
+    assert not torch.equal(made, datasets.canvas(grey, cells, noise=0.1, seed=4).images)
+    assert abs(made.std() - 0.1) < 0.01 and abs(made.mean() - 0.5) < 0.01
+    loud = datasets.canvas(grey, cells, noise=5.0).images
+    assert loud.min() == 0 and loud.max() == 1
+
+
+@pytest.mark.parametrize(
+    ("tiles", "cells", "noise", "error", "match"),
+    [
+        (torch.rand(3, 4, 4), torch.zeros(1, 2, 2).long(), 0, ValueError, "tiles must be"),
+        (torch.rand(3, 1, 4, 4), torch.zeros(2, 2).long(), 0, ValueError, "cells"),
+        (torch.rand(3, 1, 4, 4), torch.zeros(0, 2, 2).long(), 0, ValueError, "cells"),
+        (torch.rand(3, 1, 4, 4), torch.full((1, 2, 2), 3), 0, ValueError, "0 to 2"),
+        (torch.rand(3, 1, 4, 4), torch.full((1, 2, 2), -2), 0, ValueError, "0 to 2"),
+        (torch.rand(3, 1, 4, 4), torch.zeros(1, 2, 2), 0, TypeError, "integers"),
+        (torch.zeros(3, 1, 4, 4).byte(), torch.zeros(1, 2, 2).long(), 0, TypeError, "floating"),
+        (torch.rand(3, 1, 4, 4) / 0, torch.zeros(1, 2, 2).long(), 0, NotFinite, "tiles"),
+        (torch.rand(3, 1, 4, 4), torch.zeros(1, 2, 2).long(), -1, ValueError, "noise"),
+    ],
+)
+def test_what_is_no_canvas(tiles, cells, noise, error, match):
+    with pytest.raises(error, match=match):
+        datasets.canvas(tiles, cells, noise=noise)
