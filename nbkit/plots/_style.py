@@ -86,7 +86,12 @@ def _describe_figures() -> None:
 
     png = get_ipython().display_formatter.formatters["image/png"]
     draw = png.lookup_by_type(Figure)
-    png.for_type(Figure, lambda figure: (draw(figure), {"alt": description(figure)}))
+
+    def described(figure):
+        alt = description(figure)
+        return draw(figure), {"alt": alt} if alt else None
+
+    png.for_type(Figure, described)
 
 
 def colours(names: Iterable[str], *, grey: Iterable[str] = ()) -> dict[str, str]:
