@@ -19,7 +19,7 @@ _SUBMODULES = (
     # floor 1: the instruments
     "hooks", "training",
     # floor 2: the methods
-    "attribution", "neurons", "shapley", "importance", "sparsity", "concepts", "faithfulness",
+    "attribution", "neurons", "shapley", "importance", "sparsity", "concepts", "faithfulness", "language",
     # floor 3: the paper's shelf
     "papers", "claims", "notebooks", "exercises",
     # floor 4: the reader's hands
@@ -41,6 +41,7 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:  # lets editors complete what __getattr__ loads
     from nbkit import (  # noqa: F401
-        attribution, claims, concepts, datasets, errors, exercises, faithfulness, forward, hooks, importance, models,
-        neurons, notebooks, papers, plots, recipes, runtime, shapley, sparsity, training, weights, widgets,
+        attribution, claims, concepts, datasets, errors, exercises, faithfulness, forward, hooks, importance,
+        language, models, neurons, notebooks, papers, plots, recipes, runtime, shapley, sparsity, training, weights,
+        widgets,
     )  # fmt: skip

@@ -5,7 +5,8 @@
     python data/models/train.py --steps 50 ...      # a short run, to see it work
 
 One thread on the CPU. tiny-vit and small-cnn see all 60,000 training images of Fashion-MNIST (Debian's
-dataset-fashion-mnist), the others the 10,000 shipped ones. The facts in a file's metadata:
+dataset-fashion-mnist), the others the 10,000 shipped ones. lenet-300-100-mnist, 196-64-64-10 or with the width of
+its variant, sees those of MNIST at 14 x 14, the means over squares of 2 x 2 pixels. The facts in a file's metadata:
 ``test_accuracy`` of the weights as stored, rounded to float16, on the test images, ``shipped_test_accuracy`` on the
 2,000 of them that are shipped, ``seconds`` of processor time. The same machine and torch give the same weights; another
 processor may differ in the last digits.
@@ -41,6 +42,10 @@ class Plan(NamedTuple):
     config: dict = {}
     variant: str | None = None
     layout: torch.memory_format = torch.contiguous_format
+    dataset: str = "fashion-mnist"
+    inputs: str | None = None
+    """What was done to the pictures of the data set; None where they are taken as they are."""
+    seeds: tuple[int, ...] = (0, 1, 2)
 
 
 @functools.cache
@@ -59,8 +64,16 @@ def shipped() -> Split:
     return Split((data.x_train, data.y_train), (data.x_test, data.y_test))
 
 
+@functools.cache
+def pooled() -> Split:
+    data = datasets.load("mnist")
+    half = torch.nn.AvgPool2d(2)
+    return Split((half(data.x_train), data.y_train), (half(data.x_test), data.y_test))
+
+
 ADAMW = {"optimizer": "adamw", "batch": 64, "lr": 2e-3, "schedule": training.cosine(warmup=0.1)}
 THREE = {"epochs": 3, "weight_decay": 1e-4, **ADAMW}
+POOLED = "14 x 14: means over 2 x 2 pixels"
 THIN = {"widths": [16, 16, 32, 32], "pool": [1, 3], "batch_norm": True}
 PLANS = (
     Plan("tiny-vit", whole, {"epochs": 2, "weight_decay": 0.05, **ADAMW}),
@@ -70,8 +83,23 @@ PLANS = (
     Plan("mobilenet-small", shipped, THREE, {"width": 0.5}, layout=torch.channels_last),
     Plan("resnet-small", shipped, THREE | {"epochs": 6}, layout=torch.channels_last),
     Plan("tiny-swin", shipped, {"epochs": 8, "weight_decay": 0.05, **ADAMW}),
-)
-NAMES = {"-".join(filter(None, (p.name, p.variant, f"seed{k}"))): (p, k) for p in PLANS for k in range(3)}
+    *(
+        Plan(
+            "lenet-300-100", pooled, THREE | {"epochs": 12}, {"inputs": 196, "hidden": [width, width]}, variant,
+            dataset="mnist", inputs=POOLED, seeds=seeds,
+        )
+        for width, variant, seeds in ((64, None, (0, 1, 2)), (32, "w32", (0,)), (128, "w128", (0,)))
+    ),
+)  # fmt: skip
+
+
+def stem(plan: Plan, seed: int) -> str:
+    """The name of a checkpoint's file; Fashion-MNIST, the usual data set, is left out."""
+    dataset = None if plan.dataset == "fashion-mnist" else plan.dataset
+    return "-".join(filter(None, (plan.name, dataset, plan.variant, f"seed{seed}")))
+
+
+NAMES = {stem(plan, seed): (plan, seed) for plan in PLANS for seed in plan.seeds}
 
 
 def train(plan: Plan, seed: int, steps: int | None = None) -> tuple[torch.nn.Module, dict]:
@@ -85,8 +113,9 @@ def train(plan: Plan, seed: int, steps: int | None = None) -> tuple[torch.nn.Mod
     recipes.round_to_half(model)
     facts = {
         "recipe": "data/models/train.py",
-        "dataset": "fashion-mnist",
-        "classes": list(datasets.about("fashion-mnist").classes),
+        "dataset": plan.dataset,
+        **({"inputs": plan.inputs} if plan.inputs else {}),
+        "classes": list(datasets.about(plan.dataset).classes),
         "seed": seed,
         **({"variant": plan.variant} if plan.variant else {}),
         "settings": {k: v for k, v in settings.items() if isinstance(v, (int, float, str))},

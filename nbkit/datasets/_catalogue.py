@@ -107,7 +107,8 @@ _ALL = [
     About("lee", "Short news texts", 300, None, "text", True, "pip gensim 4.4.0 (test data)",
           "LGPL-2.1 as packaged (Lee, Pincombe and Welsh, 2005)", "lee.txt.gz",
           "84e964b854c35b4874b35b50416d079c563269d8adf6cdba1c62827df4d4f4a9",
-          notes=".texts is the background collection, .test the 50 documents people compared in the study.",
+          notes=".texts is the background collection, .test the 50 documents people compared in the study, .similarity "
+          "what they found.",
           recipe="lee.py"),
     About("manpages", "Linux manual pages and the pages they refer to", 1100, None, "retrieval", True,
           "apt manpages and manpages-dev 6.03-2", "each its own: see .licences (texts in manpages-licences.txt)",
@@ -117,18 +118,24 @@ _ALL = [
           "queries are not unique (four pages copy memory area).", recipe="manpages.py"),
     About("wordnet", "WordNet 3.0: definitions and their words", 117659, None, "retrieval", True,
           "apt wordnet-base 1:3.0-37", "WordNet licence (Princeton University): data/sets/wordnet-licence.txt",
-          "wordnet.jsonl.xz", "848291ea8dbdad6fb248c19c8f6d8528795b356b125393b70cec5fb685fb97a8",
-          notes="One entry a synset. 6,742 definitions contain one of their own words; 962 repeat an earlier one.",
+          "wordnet.jsonl.xz", "3dd14a729aa3508bd6b63bd9f0c9e70234a422591269a84d67959c12ba275c85",
+          notes="One entry a synset. 6,742 definitions contain one of their own words; 962 repeat an earlier one. "
+          "45 topics of 42 to 14,435 entries.",
           recipe="wordnet.py"),
 ]  # fmt: skip
 
 CATALOGUE: dict[str, About] = {about.name: about for about in _ALL}
 
 LEE_50 = ("lee-50.txt.gz", "7f6f6282084e28e2ec27df412fb10daa28dadde3a8ed277b571fbae477c825be")
+LEE_SIMILARITY = ("lee-50-similarity.txt", "23762bc6b728897144dda3d324a2c032dc1e059e1009806226d64b6dd123ed79")
 
 BESIDE = {
     "lee-50.txt.gz": File(
         "the 50 documents of the study", CATALOGUE["lee"].source, CATALOGUE["lee"].licence, "lee.py"
+    ),
+    "lee-50-similarity.txt": File(
+        "how alike people found every two of the 50 documents, 0 to 1", CATALOGUE["lee"].source,
+        CATALOGUE["lee"].licence, "lee.py",
     ),
     "manpages-licences.txt": File(
         "copyright file of the packages", "apt manpages 6.03-2", "licence texts, and who holds the copyright",

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from nbkit._paths import data_dir
-from nbkit.datasets._catalogue import CATALOGUE, FOOLBOX, LEE_50
+from nbkit.datasets._catalogue import CATALOGUE, FOOLBOX, LEE_50, LEE_SIMILARITY
 from nbkit.datasets._texts import Dictionary, Retrieval
 from nbkit.datasets._types import About, Dataset, Pictures, Table, Tensors, Texts
 
@@ -161,7 +161,15 @@ def lee(about: About) -> Texts:
     def lines(file: str, sha256: str) -> tuple[str, ...]:
         return tuple(gzip.decompress(shipped(file, sha256)).decode("latin-1").strip().split("\n"))
 
-    return Texts(about, lines(about.file, about.sha256), lines(*LEE_50))
+    return Texts(about, lines(about.file, about.sha256), lines(*LEE_50), _similarity())
+
+
+def _similarity():
+    """[50, 50], symmetric; the file leaves what is below the diagonal 0."""
+    import numpy as np
+
+    upper = np.loadtxt(io.BytesIO(shipped(*LEE_SIMILARITY)), delimiter="\t")
+    return np.triu(upper) + np.triu(upper, 1).T
 
 
 def _records(about: About) -> list[dict]:
@@ -187,6 +195,7 @@ def wordnet(about: About) -> Dictionary:
         definitions=tuple(s["definition"] for s in synsets),
         examples=tuple(tuple(s["examples"]) for s in synsets),
         parts=tuple(s["part"] for s in synsets),
+        topics=tuple(s["topic"] for s in synsets),
     )
 
 

@@ -41,23 +41,25 @@ class Retrieval(Dataset):
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Dictionary(Dataset):
-    """Definitions and the words that have them. Four tuples of one length, an entry a meaning; ``len`` counts entries.
+    """Definitions and the words that have them. Five tuples of one length, an entry a meaning; ``len`` counts entries.
 
     ``words`` tuples of synonyms; ``parts`` "noun", "verb", "adjective" or "adverb"; ``definitions`` strings;
-    ``examples`` tuples of sentences or phrases, often empty. For a reverse dictionary the definition is the query and
-    any of the words an answer; a word with several meanings is in several entries.
+    ``examples`` tuples of sentences or phrases, often empty; ``topics`` as "noun.animal", one of 45. For a reverse
+    dictionary the definition is the query and any of the words an answer; a word with several meanings is in several
+    entries.
 
     >>> from nbkit import datasets
     >>> d = datasets.load("wordnet")
     >>> i = d.words.index(("dog", "domestic dog", "Canis familiaris"))
-    >>> d.parts[i], d.examples[i]
-    ('noun', ('the dog barked all night',))
+    >>> d.parts[i], d.topics[i], d.examples[i]
+    ('noun', 'noun.animal', ('the dog barked all night',))
     """
 
     words: tuple[tuple[str, ...], ...] = ()
     definitions: tuple[str, ...] = ()
     examples: tuple[tuple[str, ...], ...] = ()
     parts: tuple[str, ...] = ()
+    topics: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.definitions)

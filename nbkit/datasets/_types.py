@@ -234,10 +234,20 @@ class Pictures(Dataset):
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Texts(Dataset):
-    """Short documents: ``texts`` and, where the set has them, ``test`` (another part of the same kind)."""
+    """Short documents: ``texts`` and, where the set has them, ``test`` (another part of the same kind).
+
+    ``similarity``: float64 ``[M, M]``, symmetric, how alike people found every two of the M documents of ``test``, from
+    0 to 1 (1 on the diagonal); None where nobody was asked.
+
+    >>> from nbkit import datasets
+    >>> d = datasets.load("lee")
+    >>> len(d.texts), len(d.test), float(d.similarity[0, 32])
+    (300, 50, 0.96)
+    """
 
     texts: tuple[str, ...] = ()
     test: tuple[str, ...] = ()
+    similarity: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.texts)

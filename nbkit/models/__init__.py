@@ -106,9 +106,11 @@ def tokenizer(name: str):
     >>> models.tokenizer("smollm2")(["Hello"], return_tensors="pt")              # doctest: +SKIP
     """
     _known(name)
-    if name not in PRETRAINED or not PRETRAINED[name].tokenizer:
-        raise UnknownName(f"{name} has no tokenizer; it takes {about(name).input}")
-    return _pretrained.tokenizer(name)
+    if name in PRETRAINED and PRETRAINED[name].tokenizer:
+        return _pretrained.tokenizer(name)
+    if name not in PRETRAINED and (path := _trained.vocabulary(name)):
+        return _trained.tokenizer(path)
+    raise UnknownName(f"{name} has no tokenizer; it takes {about(name).input}")
 
 
 def labels(name: str, **options: Any) -> list[str]:
@@ -126,6 +128,8 @@ def labels(name: str, **options: Any) -> list[str]:
         facts = _trained.choose(name, **options).facts
         if "classes" in facts:
             return list(facts["classes"])
+        if "task" in facts:
+            raise UnknownName(f"{name} has no classes; its task is {facts['task']}")
         raise UnknownName(
             f"the classes of {name} are those of datasets.about({facts.get('dataset')!r}).classes"
         )

@@ -56,12 +56,16 @@ def of_pretrained(name: str, model: Pretrained) -> About:
 def of_trained(there: Sequence[Checkpoint], chosen: Checkpoint) -> About:
     facts = dict(chosen.facts)
     config, recipe = facts.pop("config", {}), facts.pop("recipe", "data/models")
-    with torch.random.fork_rng(devices=[]):  # the device "meta" draws no numbers, but loads torch's compiler: 2 s
-        parameters = sum(p.numel() for p in ARCHITECTURES[chosen.name](**config).parameters())
+    done = f"made {made}" if (made := facts.get("inputs")) else "as they are"
+    takes = facts.pop("takes", f"the tensors of datasets.load({chosen.dataset!r}) {done}")
+    task = facts.pop("task", f"classification of {chosen.dataset}")
+    licence, parameters = facts.pop("licence", "Apache-2.0"), facts.pop("parameters", None)
+    if parameters is None:
+        with torch.random.fork_rng(devices=[]):  # the device "meta" draws no numbers, but loads torch's compiler: 2 s
+            parameters = sum(p.numel() for p in ARCHITECTURES[chosen.name](**config).parameters())
     options = (f"dataset={c.dataset!r}, {f'variant={c.variant!r}, ' * bool(c.variant)}seed={c.seed}" for c in there)
     figures = {k: v for k, v in facts.items() if k not in ("architecture", "classes")}
     return About(
-        chosen.name, chosen.name, f"classification of {chosen.dataset}", "Apache-2.0", f"trained here: {recipe}",
-        f"the tensors of datasets.load({chosen.dataset!r}) as they are", parameters, figures,
+        chosen.name, chosen.name, task, licence, f"trained here: {recipe}", takes, parameters, figures,
         f"Checkpoints: {', '.join(options)}.",
     )  # fmt: skip

@@ -38,7 +38,7 @@ def save_checkpoint(
     about = {"architecture": architecture, "config": config or {}, **facts}
     if architecture is None:
         about["class"] = f"{type(model).__module__}.{type(model).__qualname__}"
-    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    state = {k: v.detach().cpu().contiguous() for k, v in _untied(model).items()}
     data = save(state, {k: json.dumps(v) for k, v in about.items()})
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, data)
@@ -74,9 +74,9 @@ def load_checkpoint(
         state = load(Path(path).read_bytes())
     except SafetensorError as error:
         raise ValueError(f"{name} is not a checkpoint of this kit: {error}") from error
-    if wrong := _misfits(model.state_dict(), state):
+    if wrong := _misfits(_untied(model), state):
         raise ValueError(f"the weights of {name} do not fit this network: {wrong}")
-    model.load_state_dict(state)
+    model.load_state_dict(state, strict=False)  # the second names of tied weights are missing
     return model.eval(), facts
 
 
@@ -91,6 +91,14 @@ def read_facts(path: str | Path) -> dict[str, Any]:
             return {k: json.loads(v) for k, v in (file.metadata() or {}).items()}
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{Path(path).name} is not a checkpoint of this kit: {error}") from error
+
+
+def _untied(model: nn.Module) -> dict[str, Tensor]:
+    """Weights and buffers by name; of those that are tied, as a model's input and output embedding, only the first."""
+    there: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        there.setdefault(id(tensor), (name, tensor))
+    return dict(there.values())
 
 
 def _misfits(wanted: dict[str, Tensor], stored: dict[str, Tensor]) -> str:

@@ -51,6 +51,21 @@ def load(name: str, *, seed: int = 0, dataset: str | None = None, variant: str |
     return load_checkpoint(choose(name, seed=seed, dataset=dataset, variant=variant).path)[0]
 
 
+def vocabulary(name: str) -> Path | None:
+    """The file of the tokenizer that the seeds of a language model share; None for a network that takes no text."""
+    network = checkpoints(name)[0].path
+    path = network.with_name(f"{network.stem.rpartition('-seed')[0]}-tokenizer.json")
+    return path if path.is_file() else None
+
+
+def tokenizer(path: Path):
+    """What ``tokenizers`` wrote, as a ``transformers.PreTrainedTokenizerFast``; its token 0 stands between texts."""
+    from transformers import PreTrainedTokenizerFast
+
+    between = "<|endoftext|>"
+    return PreTrainedTokenizerFast(tokenizer_file=str(path), bos_token=between, eos_token=between, pad_token=between)
+
+
 def choose(name: str, *, seed: int = 0, dataset: str | None = None, variant: str | None = None) -> Checkpoint:
     """The checkpoint meant; without ``dataset`` that of Fashion-MNIST, or the only one; the same for ``variant``."""
     there = checkpoints(name)

@@ -11,8 +11,9 @@ from nbkit import _catalogue, datasets, papers
 from nbkit.pages._markdown import table
 
 _NOT_REACHED = {
-    "architecture", "classes", "config", "dataset", "recipe", "seconds", "seed", "settings", "shipped_test_accuracy",
-    "steps", "test_accuracy", "test_examples", "torch", "train_examples", "variant",
+    "architecture", "classes", "config", "dataset", "inputs", "licence", "parameters", "recipe", "seconds", "seed",
+    "settings", "shipped_test_accuracy", "steps", "takes", "task", "test_accuracy", "test_examples", "torch",
+    "train_examples", "variant",
 }  # fmt: skip
 
 
@@ -50,18 +51,30 @@ def _sets(folder: Path) -> list[str]:
 
 
 def _models(folder: Path) -> list[str]:
-    rows = []
-    for path in _shipped(folder):
-        facts = _facts(path)
+    rows, shipped = [], _shipped(folder)
+    for path in shipped:
+        facts = _shared(path, shipped) if path.name.endswith("-tokenizer.json") else _facts(path)
         weight, digest = _weight(path)
         recipe = f"`{facts['recipe'].removeprefix('data/models/')}`" if "recipe" in facts else "-"
         trained_on = facts.get("dataset") or "-"
+        if "inputs" in facts:
+            trained_on += f" ({facts['inputs']})"
         if "train_examples" in facts:
             trained_on += f", {facts['train_examples']:,}"
         time = f"{facts['seconds']:,} s" if "seconds" in facts else "-"
         made = [_how(facts), _reached(facts), time, recipe]
         rows.append([f"`{path.name}`", trained_on, *made, weight, digest])
     return table(["file", "trained on", "how", "reached", "CPU time", "recipe", "size", "SHA-256"], rows)
+
+
+def _shared(path: Path, shipped: list[Path]) -> dict[str, Any]:
+    """Of a tokenizer: the recipe and the texts of the networks that it belongs to. Raises: ValueError."""
+    stem = path.name.removesuffix("-tokenizer.json")
+    for other in shipped:
+        if other.name.startswith(f"{stem}-seed"):
+            facts = _facts(other)
+            return {"recipe": facts["recipe"], "dataset": facts["dataset"], "the tokenizer": "of all seeds"}
+    raise ValueError(f"data/models/{path.name} belongs to no network: there is no {stem}-seed<k>.safetensors")
 
 
 def _facts(path: Path) -> dict[str, Any]:

@@ -78,6 +78,7 @@ def test_a_dictionary_entry_checked_by_hand(wordnet):
     assert wordnet.examples[i] == ("the dog barked all night",) and wordnet.parts[i] == "noun"
     galore = wordnet.words.index(("galore",))  # in the file: galore(ip)
     assert wordnet.definitions[galore] == "in great numbers" and wordnet.parts[galore] == "adjective"
+    assert wordnet.topics[i] == "noun.animal" and wordnet.topics[galore] == "adj.all"
 
 
 def test_wordnet_is_complete(wordnet):
@@ -87,6 +88,23 @@ def test_wordnet_is_complete(wordnet):
     assert all(wordnet.definitions) and all(all(words) for words in wordnet.words)
     assert not any("_" in word for words in wordnet.words for word in words)
     assert sum('"' in d for d in wordnet.definitions) == 20
+
+
+def test_topics_are_the_45_files_of_the_lexicographers(wordnet):
+    topics = Counter(wordnet.topics)
+    assert len(wordnet.topics) == len(wordnet) and len(topics) == 45
+    assert min(topics.values()) == topics["noun.motive"] == 42 and max(topics.values()) == topics["adj.all"] == 14435
+    start = {"noun": "noun", "verb": "verb", "adjective": "adj", "adverb": "adv"}
+    assert all(t.split(".")[0] == start[part] for t, part in zip(wordnet.topics, wordnet.parts, strict=True))
+
+
+def test_people_judged_every_pair_of_the_lee_documents():
+    lee = datasets.load("lee")
+    found = lee.similarity
+    assert found.shape == (50, 50) and (found == found.T).all() and (found.diagonal() == 1).all()
+    assert found.min() == 0.2 and found[0, 1] == 0.3 and found[48, 1] == 0.7  # as read in the file
+    assert found[0, 13] == 1 and found[0, 32] == 0.96 and sorted(found[0])[-4] < 0.6
+    assert all("Democrats" in lee.test[i] for i in (0, 13, 32))
 
 
 def test_collections_show_queries_with_their_answers(pages, wordnet):
@@ -153,6 +171,7 @@ def test_a_synset_line():
     assert recipes.load("sets/wordnet.py").synset(line) == {
         "words": ["galore", "in plenty"],
         "part": "adjective",
+        "topic": "adj.all",
         "definition": "in great numbers",
         "examples": ["daffodils galore"],
     }

@@ -14,7 +14,8 @@ FLOORS = [
     {"errors", "runtime", "weights", "datasets", "models", "recipes", "forward", "_files", "_paths", "_rows",
      "_cells", "_catalogue", "_png"},
     {"hooks", "training"},
-    {"attribution", "neurons", "shapley", "importance", "sparsity", "concepts", "faithfulness"},
+    {"attribution", "neurons", "shapley", "importance", "sparsity", "concepts", "faithfulness",
+     "language"},
     {"papers", "claims", "notebooks", "exercises"},
     {"widgets", "plots"},
     {"pages"},  # the roof, with every __main__: what tends the shelf from a clone; nobody below imports it
