@@ -29,7 +29,7 @@ TITLES = {
     "growth": "How the cost grows",
     "links": "Training links beside training under a mask",
 }
-SLOW = ("lm-head-decoding",)
+SLOW = ("lm-head-decoding", "coreinfer")
 """Notebooks that run the language model: within 60 s where the others have 30."""
 
 

@@ -396,3 +396,57 @@ def _():
         theirs=lambda: permutation_importance(forest, *held, n_repeats=5, random_state=0).importances,
         repeats=4,
     )
+
+
+@functools.cache
+def language_mlp():
+    """An MLP of SmolLM2 (576 wide, 1,536 hidden units), its sliced copy and a copy without the other units' columns."""
+    import copy
+
+    import torch
+
+    from nbkit import models, papers
+
+    whole = models.load("smollm2").model.layers[15].mlp
+    core = torch.randperm(1536, generator=torch.Generator().manual_seed(0))[:614].sort().values  # 40 %
+    masked = copy.deepcopy(whole).requires_grad_(False)
+    masked.down_proj.weight[:, ~torch.isin(torch.arange(1536), core)] = 0
+    return papers.method("coreinfer").sliced(whole, core), masked
+
+
+def _sliced(texts: int, tokens: int):
+    """One set for all tokens of a text. Texts have sets of their own: the whole MLP takes them all in one product."""
+    import torch
+
+    sliced, whole = language_mlp()
+    x = torch.randn(texts, tokens, 576, generator=torch.Generator().manual_seed(0))
+
+    @torch.no_grad()
+    def many(run, calls=20):
+        return [run() for _ in range(calls)][-1]
+
+    return Row(
+        ours=lambda: many(lambda: torch.stack([sliced(text) for text in x])),
+        theirs=lambda: many(lambda: whole(x)),
+        repeats=15,
+    )
+
+
+@row("MLP sliced to 40 % (coreinfer), SmolLM2, 1 token, 20 times", "the whole MLP")
+def _():
+    return _sliced(1, 1)
+
+
+@row("MLP sliced to 40 %, 256 tokens of one text, 20 times", "the whole MLP")
+def _():
+    return _sliced(1, 256)
+
+
+@row("MLP sliced to 40 %, 1 token of each of 2 texts, 20 times", "the whole MLP, both at once")
+def _():
+    return _sliced(2, 1)
+
+
+@row("MLP sliced to 40 %, 1 token of each of 16 texts, 20 times", "the whole MLP, all at once")
+def _():
+    return _sliced(16, 1)
