@@ -217,6 +217,15 @@ def test_bad_input_of_the_other_functions_is_refused():
         gaa.importance_factor(torch.ones(6, 64))
     with pytest.raises(ValueError, match="finite"):
         gaa.importance_factor(torch.full((2, 6, 64), math.nan))
+    x = torch.randn(2, 6, 64)
+    for variant in ("P", "L"):
+        gate = gaa.GaussianGate(variant)
+        nn.init.zeros_(gate.c)
+        with pytest.raises(ValueError, match="c > 0"):
+            gate(x)
+    for bad in (x[:, :1], x[:, :5], x[0]):
+        with pytest.raises(RuntimeError, match="expand"):
+            gaa.LayerWeights()(bad)
     for delta, c in ((torch.zeros(2), torch.ones(3)), (torch.zeros(0), torch.zeros(0)), (torch.zeros(1),) * 2):
         with pytest.raises(ValueError, match="K"):
             gaa.combine_gaussians(delta, c)
