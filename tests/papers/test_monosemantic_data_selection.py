@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch.nn import functional as F
@@ -158,6 +159,7 @@ def test_bad_input_raises_and_changes_nothing():
     before = [copy.deepcopy(part.state_dict()) for part in (model, sae)]
     ids = [[1, 2, 3], [4, 5]]
     for call, error in (
+        (lambda: method.token_states(model, tokenizer, "a bird", "model.layers.5"), ValueError),
         (lambda: method.token_states(model, tokenizer, [], "model.layers.5"), ValueError),
         (lambda: method.token_states(model, tokenizer, ["a", ""], "model.layers.5"), ValueError),
         (lambda: method.token_states(model, tokenizer, ["a"], "model.layers.99"), LayerNotFound),
@@ -165,16 +167,26 @@ def test_bad_input_raises_and_changes_nothing():
         (lambda: method.TopKSAE(6, 12, 13), ValueError),
         (lambda: sae.encode(h, 0), ValueError),
         (lambda: sae.encode(h, 13), ValueError),
+        (lambda: sae.encode(h[:, :5]), ValueError),
         (lambda: method.train(sae, h, steps=0, batch=4), ValueError),
         (lambda: method.train(sae, h, batch=21), ValueError),
+        (lambda: method.train(sae, h, batch=1), ValueError),
+        (lambda: method.train(sae, h[:, :5], batch=4), ValueError),
+        (lambda: method.train(sae, torch.ones(20, 6), batch=4), ValueError),
         (lambda: method.train(sae, h * float("nan"), batch=4), NotFinite),
         (lambda: method.pool_tokens(z, of, "max"), ValueError),
         (lambda: method.pool_tokens(z, of[:-1]), ValueError),
+        (lambda: method.pool_tokens(z[:0], of[:0]), ValueError),
         (lambda: method.jaccard(h, z[0]), ValueError),
         (lambda: method.jaccard(z, h[0]), ValueError),
+        (lambda: method.jaccard(z, z[0, :1]), ValueError),
+        (lambda: method.jaccard(z * float("nan"), z[0]), ValueError),
         (lambda: method.select(z, z[:2], 0), ValueError),
         (lambda: method.select(z, z[:2], 21), ValueError),
         (lambda: method.select(z, z[:0], 3), ValueError),
+        (lambda: method.select(z, z[0], 3), ValueError),
+        (lambda: method.select(z, z[:2, :5], 3), ValueError),
+        (lambda: method.select(z * float("nan"), z[:2], 3, "cosine"), ValueError),
         (lambda: method.select(z, torch.zeros(2, 6), 3), ValueError),
         (lambda: method.select(z, z[:2], 3, "dot"), ValueError),
         (lambda: recipe.tune(model, ids, steps=0, batch=2), ValueError),
@@ -199,11 +211,26 @@ def test_pool_examples_and_test_texts_are_apart_and_every_topic_has_as_many():
     assert stored["entry"].tolist() == texts.query("use != 'other'")["entry"].tolist()
 
 
-def test_bm25_counts_a_rare_shared_word_and_no_other():
+def test_bm25_is_the_formula_and_a_text_without_a_shared_word_gets_nothing(monkeypatch):
+    use = ["other"] * 2 + ["pool"] * 3 + ["example"]
+    text = ["bird sings", "fish swims", "bird bird nest", "fish", "stone", "bird sings"]
+    monkeypatch.setattr(recipe, "texts", lambda: pd.DataFrame({"use": use, "text": text}))
+    monkeypatch.setattr(recipe, "POOL", 3)
     found = recipe.counted()
-    for values in found.values():
-        assert len(values) == recipe.POOL + recipe.TOPICS * recipe.DRAWS * recipe.M
-        assert (values >= 0).all()
+    scores = found["BM25"][:3] @ found["BM25"][3]
+    rare = np.log((5 - 2 + 0.5) / (2 + 0.5) + 1)  # bird: in 2 of the 5 texts of pool and others
+    length = 0.25 + 0.75 * 3 / (5 / 3)
+    assert scores.tolist() == pytest.approx([rare * 2 * 2.2 / (2 + 1.2 * length), 0, 0])
+    alike = F.cosine_similarity(found["TF-IDF"][:3], found["TF-IDF"][3:])
+    assert alike[0] > 0 and alike[1:].tolist() == [0, 0]
+
+
+def test_tuning_reads_every_text_once_before_any_again(monkeypatch):
+    seen = []
+    model = torch.nn.Linear(1, 1)
+    monkeypatch.setattr(recipe, "batch_loss", lambda m, ids: (seen.extend(ids), m(torch.ones(1)).sum())[1])
+    recipe.tune(model, list(range(12)), steps=6, batch=4)
+    assert sorted(seen[:12]) == sorted(seen[12:]) == list(range(12)) and seen[:12] != seen[12:]
 
 
 def test_packing_keeps_codes_to_half_a_255th():

@@ -9,7 +9,7 @@ autoencoders on (and to count words in); none of the 2 % that tiny-llama has nev
 - sae: TopK autoencoders of 2,304 latents, K = 32: three seeds behind block 28, one behind block 8; hardly trained
   and untrained ones beside them.
 - select: every method, every target, every draw; selections of the explorer, codes of the first autoencoder.
-- downstream: tiny-llama goes on with each selection; loss on unseen definitions of the topic.
+- downstream: tiny-llama goes on with each selection (6 steps) or the whole pool (20 or 6); loss on unseen definitions.
 
 About eight minutes on one core; a stopped run goes on where it was (delete the folder --work for a fresh start).
 The functions are the notebook's method cells.
@@ -172,16 +172,17 @@ def counted() -> dict[str, Tensor]:
 
     How rare a word is, is counted in the texts that trained the autoencoders and in the pool.
     """
+    from scipy import sparse
     from sklearn.feature_extraction.text import CountVectorizer, TfidfTransformer
 
     rows = {use: [texts()["text"][i] for i in rows_of(use)] for use in ("pool", "example", "other")}
     counter = CountVectorizer(stop_words="english").fit([*rows["other"], *rows["pool"]])
     counts = {use: counter.transform(some) for use, some in rows.items()}
-    known = torch.from_numpy(np.vstack([counts["other"].toarray(), counts["pool"].toarray()]) > 0).float()
-    tfidf = TfidfTransformer(sublinear_tf=True).fit(known.numpy())
-    both = torch.from_numpy(np.vstack([counts["pool"].toarray(), counts["example"].toarray()])).float()
-    tf, appears = both[:POOL], known.sum(0)
-    rare = ((len(known) - appears + 0.5) / (appears + 0.5) + 1).log()
+    known = (sparse.vstack([counts["other"], counts["pool"]]) > 0).astype(np.float32).tocsr()
+    tfidf = TfidfTransformer(sublinear_tf=True).fit(known)
+    both = torch.from_numpy(sparse.vstack([counts["pool"], counts["example"]]).toarray()).float()
+    tf, appears = both[:POOL], torch.from_numpy(np.asarray(known.sum(0))[0])
+    rare = ((known.shape[0] - appears + 0.5) / (appears + 0.5) + 1).log()
     length = tf.sum(1, keepdim=True)
     bm25 = rare * tf * 2.2 / (tf + 1.2 * (0.25 + 0.75 * length / length.mean()))
     return {
@@ -225,6 +226,8 @@ def features(everything: dict[str, Tensor], work: Path) -> dict[tuple, tuple[Ten
                 found[name, block, TOP, "mean", seed] = code, ("Jaccard", "cosine")
     both = rows_of("pool") + rows_of("example")
     found["MLP units", 28, 0, "mean", 0] = everything["units"][both], ("cosine",)
+    centre = everything["units"][rows_of("other")].mean(0)
+    found["MLP units, centred", 28, 0, "mean", 0] = everything["units"][both] - centre, ("cosine",)
     found["MLP units, positive", 28, 0, "mean", 0] = everything["positive units"][both], ("Jaccard",)
     words = counted()
     found["TF-IDF", -1, 0, "", 0] = words["TF-IDF"], ("cosine",)
@@ -347,16 +350,20 @@ def batch_loss(model, ids: list[list[int]]) -> Tensor:
 def tune(model, ids: list[list[int]], *, steps=12, batch=24, lr=1e-3, seed=0):
     """Go on training the model, in place, on texts given as token numbers; every step has ``batch`` of them.
 
+    No text comes again before the others have come (what is less than a batch at the end is left out).
     Raises: ValueError."""
     if steps < 1 or not 1 <= batch <= len(ids):
         raise ValueError(f"steps from 1, batch from 1 to {len(ids)}, not {steps} and {batch}")
     adam = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.1)
     generator = torch.Generator().manual_seed(seed)
+    queue: list[int] = []
     for step in range(steps):
         rate = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
         for group in adam.param_groups:
             group["lr"] = rate
-        some = torch.randperm(len(ids), generator=generator)[:batch]
+        if len(queue) < batch:
+            queue = torch.randperm(len(ids), generator=generator).tolist()
+        some, queue = queue[:batch], queue[batch:]
         loss = batch_loss(model, [ids[i] for i in some])
         adam.zero_grad()
         loss.backward()
@@ -404,10 +411,13 @@ def tuned(name: str, draw: int, rate: float, which: list[str], work: Path) -> li
     return rows
 
 
-def whole(draw: int, rate: float) -> list[tuple]:
-    """The same of the whole pool, read once; it knows no target."""
-    model = trained_on(list(range(POOL)), rate, draw, POOL // K)
-    return [("whole pool", rate, draw, topic, *losses(model, topic)) for topic in topics()]
+WHOLE = {"whole pool": POOL // K, "whole pool, 6 steps": TUNED}  # steps: all of it once, or as many as a selection
+
+
+def whole(name: str, draw: int, rate: float) -> list[tuple]:
+    """The same of the whole pool; it knows no target."""
+    model = trained_on(list(range(POOL)), rate, draw, WHOLE[name])
+    return [(name, rate, draw, topic, *losses(model, topic)) for topic in topics()]
 
 
 def best_rate(rows: list[tuple]) -> float:
@@ -425,10 +435,11 @@ def downstream(work: Work) -> pd.DataFrame:
         rate = best_rate(trials)
         for draw in range(DRAWS):
             rows += work.once(f"tuned-{name}-{rate}-{draw}", partial(tuned, name, draw, rate, topics(), work.folder))
-    trials = [row for rate in RATES for row in work.once(f"whole-{rate}-0", partial(whole, 0, rate))]
-    rate = best_rate(trials)
-    for draw in range(DRAWS):
-        rows += work.once(f"whole-{rate}-{draw}", partial(whole, draw, rate))
+    for name in WHOLE:
+        trials = [row for rate in RATES for row in work.once(f"{name}-{rate}-0", partial(whole, name, 0, rate))]
+        rate = best_rate(trials)
+        for draw in range(DRAWS):
+            rows += work.once(f"{name}-{rate}-{draw}", partial(whole, name, draw, rate))
     return pd.DataFrame(rows, columns=["selected by", "rate", "draw", "topic", "validation", "loss"])
 
 
