@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from nbkit.errors import NotFinite
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -37,8 +39,6 @@ def canvas(tiles: Tensor, cells: Tensor, *, noise: float = 0.0, seed: int = 0) -
     """
     import torch
 
-    from nbkit.errors import NotFinite
-
     if not tiles.is_floating_point() or cells.is_floating_point() or cells.dtype == torch.bool:
         raise TypeError(f"tiles must be floating and cells integers, not {tiles.dtype} and {cells.dtype}")
     if tiles.ndim != 4 or cells.ndim != 3 or not cells.numel():
@@ -56,7 +56,7 @@ def canvas(tiles: Tensor, cells: Tensor, *, noise: float = 0.0, seed: int = 0) -
     images = placed.permute(0, 3, 1, 4, 2, 5).reshape(n, channels, rows * height, columns * width)
     if noise:
         drawn = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed), dtype=images.dtype)
-        images = (images + noise * drawn).clamp(0, 1)
+        images = (images + noise * drawn.to(images)).clamp(0, 1)
     corners = torch.cartesian_prod(torch.arange(rows) * height, torch.arange(columns) * width)
     boxes = torch.cat([corners, corners + torch.tensor([height, width])], 1).view(rows, columns, 4)
     return Canvas(images, boxes.repeat(n, 1, 1, 1))

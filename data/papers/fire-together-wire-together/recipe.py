@@ -17,6 +17,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from sklearn.metrics import balanced_accuracy_score
 
 from nbkit.recipes import Work, round_to_half, run, seeds_option, work_option, write_table, write_tensors
 
@@ -71,10 +72,8 @@ def straight(model, p: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
 
 
 def balanced(found: torch.Tensor, truth: torch.Tensor) -> float:
-    """The mean of the shares of ones and of zeros of ``truth`` that ``found`` has right."""
-    found, truth = found.bool(), truth.bool()
-    right = [(found[truth == value] == value).float().mean() for value in (True, False)]
-    return sum(right).item() / 2
+    """Balanced accuracy over all places of two masks."""
+    return float(balanced_accuracy_score(truth.bool().flatten(), found.bool().flatten()))
 
 
 class Cell:

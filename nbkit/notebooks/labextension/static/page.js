@@ -66,11 +66,8 @@ const described = new WeakSet();
 function follow(control) {
   if (!described.has(control)) {
     described.add(control);
-    const what = { childList: true, subtree: true, characterData: true, attributes: true };
-    new MutationObserver(() => describe(control)).observe(control, {
-      ...what,
-      attributeFilter: ["aria-valuetext", "class"],
-    });
+    const what = { childList: true, subtree: true, characterData: true, attributeFilter: ["aria-valuetext", "class"] };
+    new MutationObserver(() => describe(control)).observe(control, what);
     describe(control);
   }
 }
