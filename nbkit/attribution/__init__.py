@@ -22,12 +22,14 @@ method                         in a word                                        
 :func:`attention_rollout`      attention of all layers multiplied                           ``[N, T, T]``
 =============================  ===========================================================  ==================
 
+:func:`attention_probabilities` hands out what the rollout multiplies: a tensor ``[N, heads, T, T]`` a layer.
+
 Results are plain tensors on the CPU. Nothing of the model changes: mode, hooks, parameters and their ``.grad``.
 """
 
 from __future__ import annotations
 
-from nbkit.attribution._attention import attention_rollout
+from nbkit.attribution._attention import attention_probabilities, attention_rollout
 from nbkit.attribution._cam import grad_cam, grad_cam_plus_plus, guided_grad_cam, normalize, upsample
 from nbkit.attribution._gradients import input_x_gradient, integrated_gradients, saliency, smooth_grad
 from nbkit.attribution._guided import guided_backprop
@@ -35,6 +37,7 @@ from nbkit.attribution._perturbation import occlusion, rise
 from nbkit.attribution._relevance import layer_relevance
 
 __all__ = [
-    "attention_rollout", "grad_cam", "grad_cam_plus_plus", "guided_backprop", "guided_grad_cam", "input_x_gradient",
-    "integrated_gradients", "layer_relevance", "normalize", "occlusion", "rise", "saliency", "smooth_grad", "upsample",
+    "attention_probabilities", "attention_rollout", "grad_cam", "grad_cam_plus_plus", "guided_backprop",
+    "guided_grad_cam", "input_x_gradient", "integrated_gradients", "layer_relevance", "normalize", "occlusion", "rise",
+    "saliency", "smooth_grad", "upsample",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Attention rollout: how much of each input token reaches each output token through the attention of all layers."""
+"""Attention of all layers: its probabilities, and how much of each input token reaches each output token by it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,32 @@ from nbkit.errors import LayerDidNotRun
 
 
 @forward.outside_inference_mode
+def attention_probabilities(
+    model: nn.Module, inputs: forward.Inputs, *, layers: str | Iterable[str] | None = None
+) -> list[Tensor]:
+    """What each layer's heads attend to: ``[..., i, j]`` is the weight of token ``j`` in what token ``i`` takes in.
+
+    Args:
+        layers: the modules whose output holds attention probabilities ``[N, heads, T, T]`` or ``[N, T, T]`` (a softmax,
+            the dropout behind it, an attention module that returns them next to its result).
+            ``None``: the model is a transformers model and is asked for ``output_attentions``, in its eager
+            implementation, the only one that gives them.
+
+    Returns: a tensor ``[N, heads, T, T]`` (or ``[N, T, T]``) a layer, in the order of ``layers`` or of the model, rows
+    summing to one, without autograd, on the model's device. Inside :func:`nbkit.hooks.narrow` ``T`` falls from layer to
+    layer.
+
+    Raises: ValueError where a layer gives no square probabilities or the model no attentions; LayerNotFound,
+    LayerDidNotRun.
+
+    >>> attention_probabilities(vit, images, layers="blocks.*.attn.weights")[3].mean(1)[:, 0, 1:]
+    """
+    forward.check_inputs(inputs)
+    forward.check_device(model, inputs)
+    with forward.evaluating(model), torch.no_grad():
+        return _asked(model, inputs) if layers is None else _recorded(model, inputs, layers)
+
+
 def attention_rollout(
     model: nn.Module,
     inputs: forward.Inputs,
@@ -32,10 +58,7 @@ def attention_rollout(
 
     Args:
         target, wrt: accepted so that all methods are called alike; attention does not depend on a class.
-        layers: the modules whose output holds attention probabilities ``[N, heads, T, T]`` or ``[N, T, T]`` (a softmax,
-            the dropout behind it, an attention module that returns them next to its result), in the order they run.
-            ``None``: the model is a transformers model and is asked for ``output_attentions``, in its eager
-            implementation, the only one that gives them.
+        layers: as in :func:`attention_probabilities`, in the order they run.
         token: return only this row, such as 0 for a class token; negative counts from the end.
         residual: weight of the residual connection; 0.5 in the paper.
         heads: ``"mean"`` or ``"max"`` over heads.
@@ -53,17 +76,13 @@ def attention_rollout(
         raise ValueError(f"residual must lie in [0, 1), not {residual}")
     if heads not in ("mean", "max"):
         raise ValueError(f"heads must be 'mean' or 'max', not {heads!r}")
-    forward.check_inputs(inputs)
-    forward.check_device(model, inputs)
-    with forward.evaluating(model), torch.no_grad():
-        matrices = _asked(model, inputs) if layers is None else _recorded(model, inputs, layers)
-        rollout = None
-        for matrix in matrices:
-            if matrix.ndim == 4:
-                matrix = matrix.mean(1) if heads == "mean" else matrix.amax(1)
-            mixed = (1 - residual) * matrix + residual * torch.eye(matrix.shape[-1], device=matrix.device)
-            mixed = mixed / mixed.sum(-1, keepdim=True)
-            rollout = mixed if rollout is None else mixed @ rollout
+    rollout = None
+    for matrix in attention_probabilities(model, inputs, layers=layers):
+        if matrix.ndim == 4:
+            matrix = matrix.mean(1) if heads == "mean" else matrix.amax(1)
+        mixed = (1 - residual) * matrix + residual * torch.eye(matrix.shape[-1], device=matrix.device)
+        mixed = mixed / mixed.sum(-1, keepdim=True)
+        rollout = mixed if rollout is None else mixed @ rollout
     rollout = rollout.cpu()
     if token is None:
         return rollout

@@ -1,4 +1,5 @@
-"""Read and change what flows through a model: ``layers`` lists it, ``record`` keeps it, ``edit`` rewrites it.
+"""Read and change what flows through a model: ``layers`` lists it, ``record`` keeps it, ``edit`` rewrites it,
+``narrow`` leaves tokens out.
 
 >>> layers(model, example)                                   # what is there: name, type, shape, neurons, parameters
 >>> with record(model, ["conv1", "conv2"]) as acts:          # what each layer puts out
@@ -24,9 +25,10 @@ from __future__ import annotations
 
 from nbkit.hooks._edit import Edit, clamp, edit, replace, scale, zero
 from nbkit.hooks._names import get_layer, layers, neuron_axis, resolve
+from nbkit.hooks._narrow import narrow
 from nbkit.hooks._record import Recording, record
 
 __all__ = [
-    "Edit", "Recording", "clamp", "edit", "get_layer", "layers", "neuron_axis", "record", "replace", "resolve",
-    "scale", "zero",
+    "Edit", "Recording", "clamp", "edit", "get_layer", "layers", "narrow", "neuron_axis", "record", "replace",
+    "resolve", "scale", "zero",
 ]  # fmt: skip

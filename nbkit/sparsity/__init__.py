@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from nbkit.sparsity._allocate import magnitude_mask, mask_from_densities, mask_from_scores, prune_surviving
 from nbkit.sparsity._criteria import lamp, logit_sensitivity, magnitude, random, snip, taylor
-from nbkit.sparsity._flops import flops, sparsity_report
+from nbkit.sparsity._flops import flops, sparsity_report, transformer_macs
 from nbkit.sparsity._iterative import Round, iterative_magnitude
 from nbkit.sparsity._masks import Masks
 from nbkit.sparsity._nested import mask_of_round, rounds_survived
@@ -30,5 +30,6 @@ from nbkit.sparsity._weights import prunable
 __all__ = [
     "Masks", "Round", "erk", "flops", "iterative_magnitude", "lamp", "logit_sensitivity", "magnitude",
     "magnitude_mask", "mask_from_densities", "mask_from_scores", "mask_of_round", "prunable", "prune_surviving",
-    "random", "rounds_survived", "schedule", "snip", "sparsity_report", "structured", "taylor", "uniform",
+    "random", "rounds_survived", "schedule", "snip", "sparsity_report", "structured", "taylor",
+    "transformer_macs", "uniform",
 ]  # fmt: skip

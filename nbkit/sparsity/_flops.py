@@ -1,8 +1,10 @@
-"""What a mask saves: multiply-adds by layer, measured on a real forward pass, and a table of the whole model."""
+"""What a mask saves: multiply-adds by layer, measured on a forward pass, and a table of the model; what tokens cost."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -57,6 +59,48 @@ def flops(model: nn.Module, inputs: forward.Inputs, *, masks: Masks | None = Non
     columns = ["type", "weights", "positions", "macs", "kept", "macs_kept"]
     frame = pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("layer")
     return frame if masks is not None else frame.drop(columns=["kept", "macs_kept"])
+
+
+def transformer_macs(
+    tokens: int | Sequence[int],
+    *,
+    width: int,
+    hidden: int,
+    key_width: int | None = None,
+    gated: bool = False,
+) -> np.ndarray:
+    """Multiply-adds of one example in each transformer block, the products of attention included.
+
+    A block that ``T`` tokens enter costs ``2 T width (width + key_width)`` for its four projections, ``2 T^2 width``
+    for queries times keys and weights times values, all heads together, and ``2 T width hidden`` for its two-layer
+    MLP, or three times ``T width hidden`` for a gated one. Softmax, normalisations and biases are not counted, nor the
+    half of the products that a causal mask makes needless. :func:`flops` counts the projections and the MLP of a model
+    by hooks, without the term in ``T^2``.
+
+    Args:
+        tokens: how many enter each block, ``[blocks]``; an int is one block.
+        width: of the residual stream. hidden: of the MLP.
+        key_width: of all keys together, as of all values: key heads times the width of a head. Default ``width``.
+
+    Returns: ints ``[blocks]``.
+
+    Raises: TypeError (not whole numbers), ValueError (below 1; token counts that are not a list).
+
+    >>> transformer_macs([50, 25, 25], width=64, hidden=256).sum()
+    """
+    count = np.atleast_1d(np.asarray(tokens))
+    key_width = width if key_width is None else key_width
+    for name, value in {"width": width, "hidden": hidden, "key_width": key_width}.items():
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise TypeError(f"{name} must be a whole number, not {value!r}")
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
+    if count.size and count.dtype.kind not in "iu":
+        raise TypeError(f"tokens must be whole numbers, not {count.dtype}")
+    if count.ndim != 1 or not count.size or count.min() < 1:
+        raise ValueError(f"tokens must be a list of counts of at least 1, not {tokens!r}")
+    count = count.astype(np.int64)
+    return 2 * count * width * (width + key_width) + 2 * count**2 * width + (2 + gated) * count * width * hidden
 
 
 def _products(model: nn.Module) -> dict[str, tuple[nn.Module, Tensor, slice]]:

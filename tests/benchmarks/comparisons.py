@@ -450,3 +450,99 @@ def _():
 @row("MLP sliced to 40 %, 1 token of each of 16 texts, 20 times", "the whole MLP, all at once")
 def _():
     return _sliced(16, 1)
+
+
+@row("concept deletion and insertion, 10 concepts, codes of 200 pictures at once", "a loop over pictures", target=1.0)
+def _():
+    import torch
+
+    from nbkit import concepts, datasets, models, papers
+
+    net, fashion = models.load("small-cnn", seed=0), datasets.load("fashion-mnist")
+    maps = net[:10](fashion.x_test[:200]).detach()
+    found = concepts.factorize(maps[:50], 10, method="nmf")
+    codes, head = found.encode(maps), concepts.head_on_codes(net[10:], found)
+    gains = papers.method("holistic-concepts").Gains(head)
+    phi = torch.rand(200, 10, generator=torch.Generator().manual_seed(0))
+
+    def ours():
+        x = {"gain": torch.ones(200, 10), "codes": codes}
+        how = {"steps": 10, "probability": False, "wrt": "gain"}
+        return [curve(gains, x, phi, 0, **how).scores for curve in papers.method("holistic-concepts").CURVES]
+
+    @torch.no_grad()
+    def theirs():
+        curves = torch.empty(2, 200, 11)
+        for i, (code, order) in enumerate(zip(codes, phi.argsort(1, descending=True), strict=True)):
+            ways = torch.ones(11, 10), torch.zeros(11, 10)
+            for step, concept in enumerate(order, 1):
+                ways[0][step:, concept] = 0
+                ways[1][step:, concept] = 1
+            for kind, way in enumerate(ways):
+                curves[kind, i] = head(way[..., None, None] * code)[:, 0]
+        return curves
+
+    return Row(ours=ours, theirs=theirs, value=lambda curves: torch.stack(list(curves)), repeats=5)
+
+
+@functools.cache
+def photographs():
+    """The ViT-S/14 on 4 photographs of 224 pixels, ``[4, 3, 224, 224]``: 256 patches and a class token each."""
+    from nbkit import datasets, models
+
+    photos = [datasets.load("photos")[name] for name in ("chelsea", "astronaut", "coffee", "rocket")]
+    return models.load("dinov2-small"), models.transform("dinov2-small")(photos)
+
+
+def tokens_by_block(keep: float) -> list[int]:
+    """What enters each of 12 blocks where equal shares of the patches go before blocks 3, 6, 9; ``keep`` on average."""
+    from scipy.optimize import brentq
+
+    share = brentq(lambda r: (1 + r + r**2 + r**3) / 4 - keep, 0, 1)
+    return [1 + round(256 * share ** (block // 3)) for block in range(12)]
+
+
+def macs_left(keep: float) -> float:
+    from nbkit import sparsity
+
+    narrowed, whole = (
+        sparsity.transformer_macs(tokens, width=384, hidden=1536).sum()
+        for tokens in (tokens_by_block(keep), [257] * 12)
+    )
+    return narrowed / whole
+
+
+def _narrowed(keep: float):
+    import torch
+
+    from nbkit import hooks
+
+    net, photos = photographs()
+    tokens = tokens_by_block(keep)
+
+    def norms(k):
+        """The k - 1 patches of the largest states, and the class token."""
+
+        def choose(hidden):
+            patches = 1 + hidden[:, 1:].norm(dim=-1).topk(k - 1).indices
+            return torch.cat([torch.zeros_like(patches[:, :1]), patches], 1)
+
+        return choose
+
+    @torch.no_grad()
+    def theirs():
+        return net(photos).last_hidden_state
+
+    def ours():
+        with hooks.narrow(net, {f"encoder.layer.{block}": norms(tokens[block]) for block in (3, 6, 9)}):
+            return theirs()
+
+    # what comes out differs by design; that both give a class token is what is compared
+    return Row(ours=ours, theirs=theirs, value=lambda states: torch.tensor(states[:, 0].shape), repeats=7)
+
+
+for _keep in (0.9, 0.7, 0.5):
+
+    @row(f"ViT-S/14 narrowed to {_keep:.0%} of its tokens, {macs_left(_keep):.0%} of the multiply-adds", "all tokens")
+    def _(keep=_keep):
+        return _narrowed(keep)

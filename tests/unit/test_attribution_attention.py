@@ -1,4 +1,4 @@
-"""Attention rollout: by hand, and on a transformers model."""
+"""Attention and its rollout: by hand, and on a transformers model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from nbkit.attribution import attention_rollout
+from nbkit.attribution import attention_probabilities, attention_rollout
 from nbkit.errors import LayerDidNotRun, LayerNotFound
 
 
@@ -42,6 +42,15 @@ def test_by_hand(device):
     assert attention_rollout(net, x, layers="second", residual=0.0, token=1)[0].tolist() == [1, 0]
     strongest = attention_rollout(net, x, layers="first", heads="max", residual=0.0)
     assert strongest[0].tolist() == [[0.5, 0.5], [0.5, 0.5]]  # rows [1, 1] and [.5, .5], each made to sum to one
+
+
+def test_probabilities_are_what_was_attended_in_the_order_asked_for():
+    net, x = Attends(FIRST, SECOND), torch.randn(3, 2, 4)
+    second, first = attention_probabilities(net, x, layers=["second", "first"])
+    assert first.shape == (3, 2, 2, 2) and second.shape == (3, 1, 2, 2)
+    assert first[1].tolist() == FIRST and second[2].tolist() == SECOND
+    with pytest.raises(ValueError, match="no square attention"):
+        attention_probabilities(nn.Sequential(nn.Linear(4, 4)), x, layers="0")
 
 
 def test_the_later_layer_multiplies_from_the_left():
