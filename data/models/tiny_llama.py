@@ -141,8 +141,9 @@ def train(ids: Tensor, seed: int, steps: int, work: Path) -> tuple[torch.nn.Modu
         if time.process_time() - last > MINUTE or step + 1 == steps:
             last = time.process_time()
             seconds = before + last - began
-            torch.save((step + 1, seconds, model.state_dict(), optimizer.state_dict()), work / "part.pt")
-            (work / "part.pt").replace(saved)
+            part = saved.with_suffix(".part")  # a name a seed: two may run side by side
+            torch.save((step + 1, seconds, model.state_dict(), optimizer.state_dict()), part)
+            part.replace(saved)
             print(f"seed {seed}, step {step + 1}: loss {current.item():.3f}, {seconds:.0f} s", flush=True)
     return model.eval(), before + time.process_time() - began
 
