@@ -485,6 +485,22 @@ def _():
     return Row(ours=ours, theirs=theirs, value=lambda curves: torch.stack(list(curves)), repeats=5)
 
 
+@row("feature visualisation, 40 steps from 5 starts at once", "a plain torch loop, start by start", target=1.0)
+def _():
+    from nbkit import datasets, models, papers
+    from tests.papers.test_multifaceted_visualization import one_by_one
+
+    method = papers.method("multifaceted-visualization")
+    net = models.load("small-cnn", seed=0).double().requires_grad_(False)
+    starts = datasets.load("fashion-mnist").x_test[:50].view(5, 10, 1, 28, 28).mean(1).double()
+    steps = method.schedule(40)
+    return Row(
+        ours=lambda: method.synthesise(net, starts, 0, steps=steps)[0],
+        theirs=lambda: one_by_one(net, starts, 0, steps),
+        repeats=5,
+    )
+
+
 @functools.cache
 def photographs():
     """The ViT-S/14 on 4 photographs of 224 pixels, ``[4, 3, 224, 224]``: 256 patches and a class token each."""

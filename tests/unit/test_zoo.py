@@ -24,6 +24,8 @@ from nbkit.models.zoo import vision
         ("resnet-small", {}, (2, 1, 28, 28), 10, 44_014),
         ("resnet-small", {"widths": (8, 16, 32), "blocks": 2, "stride": 1}, (2, 1, 14, 14), 10, None),
         ("tiny-swin", {}, (2, 1, 28, 28), 10, None),
+        ("cell-net", {}, (2, 1, 8, 8), 10, 5_594),
+        ("cell-net", {"cells": 1, "inputs": 3, "classes": 4}, (2, 3, 14, 14), 4, None),
         ("lenet-300-100", {}, (2, 1, 28, 28), 10, 266_610),
         ("lenet-conv", {}, (2, 1, 28, 28), 10, 54_314),
         ("lenet-300-100", {"inputs": 64}, (2, 1, 8, 8), 10, None),
@@ -203,3 +205,37 @@ def test_what_cannot_be_stored_writes_nothing(tmp_path):
     with pytest.raises(TypeError, match="JSON"):
         models.save_checkpoint(tmp_path / "a.safetensors", Net(), accuracy=torch.ones(1))
     assert not list(tmp_path.iterdir())
+
+
+CELL = {"0-1": "conv3x3", "0-2": "skip", "1-2": "conv1x1"}
+
+
+def test_a_cell_is_its_three_edges():
+    net, x = models.build("cell-net", seed=0).eval(), torch.randn(2, 16, 6, 6)
+    edges = net.cell1.edges
+    assert list(edges) == list(CELL)
+    torch.testing.assert_close(net.cell1(x), x + edges["1-2"](edges["0-1"](x)))
+    pooled = models.build("cell-net", seed=0, ops=("none", "avgpool3x3", "none")).cell1(torch.ones(1, 16, 5, 5))
+    assert torch.equal(pooled, torch.ones(1, 16, 5, 5))  # what lies outside does not count
+    sizes = []
+    four = models.build("cell-net", seed=0, cells=4)
+    for i in range(1, 5):
+        four.get_submodule(f"cell{i}").register_forward_hook(lambda m, a, out: sizes.append(out.shape[-1]))
+    four(torch.randn(1, 1, 8, 8))
+    assert sizes == [8, 8, 4, 4]
+
+
+def test_a_cell_without_a_way_through_says_the_same_of_everything():
+    for ops in (("none", "none", "conv3x3"), ("skip", "none", "none")):
+        dead = models.build("cell-net", seed=0, ops=ops).eval()
+        a, b = dead(torch.randn(2, 1, 8, 8))
+        torch.testing.assert_close(a, b)
+
+
+def test_wrong_cells():
+    with pytest.raises(UnknownName, match="conv3x3"):
+        models.build("cell-net", seed=0, ops=("conv3", "skip", "none"))
+    with pytest.raises(ValueError, match="three operations, not 2"):
+        models.build("cell-net", seed=0, ops=("skip", "none"))
+    with pytest.raises(ValueError, match="at least 1"):
+        models.build("cell-net", seed=0, cells=0)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from nbkit.errors import UnknownName, did_you_mean
-from nbkit.models.zoo import language, vision, windows
+from nbkit.models.zoo import cells, language, vision, windows
 
 ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
     "tiny-vit": vision.TinyViT,
@@ -20,6 +20,7 @@ ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
     "tiny-swin": windows.TinySwin,
     "lenet-300-100": vision.lenet_300_100,
     "lenet-conv": vision.lenet_conv,
+    "cell-net": cells.cell_net,
     "tiny-llama": language.tiny_llama,
 }
 
