@@ -407,6 +407,14 @@ def test_a_notebook_whose_claims_cannot_be_trusted_is_refused(shelf, write, mess
         claims.collect(shelf.root)
 
 
+def test_a_function_that_checks_stores_nothing_before_it_is_called(shelf):
+    shelf("neuron-path", source="def settle(name):\n    return claims.check(name)")
+    assert claims.collect(shelf.root) == []
+    shelf("neuron-path", source="def settle(name):\n    return claims.check(name)\n\nclaims.check(a)")
+    with pytest.raises(ValueError, match="1 claims.check and 0 stored"):
+        claims.collect(shelf.root)
+
+
 def test_a_claim_survives_the_notebook_format():
     bundle = record(**EVERYTHING)._repr_mimebundle_()
     assert set(bundle) == {"text/plain", "text/html", MIME}
