@@ -10,6 +10,7 @@ import pytest
 from nbkit import _paths, exercises, notebooks, papers, recipes
 from nbkit.papers import _new
 from nbkit.papers.__main__ import main
+from nbkit.papers.methods import module_name
 from tests.notebooks.book import Book
 from tests.notebooks.paper import PAPER, title_cell
 
@@ -29,6 +30,17 @@ def begun(tmp_path_factory):
     root, paper = tmp_path_factory.mktemp("clone"), papers.get("there-and-back-again")
     _new.begin(paper, root)
     return root, paper
+
+
+@pytest.fixture
+def nothing_imported(begun):
+    """The method of the paper itself may be imported already; it comes back."""
+    name = module_name(begun[1].slug)
+    own = sys.modules.pop(name, None)
+    yield
+    sys.modules.pop(name, None)
+    if own is not None:
+        sys.modules[name] = own
 
 
 def test_the_skeleton_of_every_planned_paper_has_its_title_and_place(tmp_path):
@@ -54,7 +66,7 @@ def test_it_runs_and_then_lacks_only_its_words(begun, capsys):
     assert capsys.readouterr().out == "warm-up: right\n"
 
 
-def test_its_recipe_measures_and_its_test_passes(begun, monkeypatch):
+def test_its_recipe_measures_and_its_test_passes(begun, monkeypatch, nothing_imported):
     root, paper = begun
     monkeypatch.setattr(_paths, "notebooks_dir", lambda: root / "notebooks")
     folder = root / "data" / "papers" / paper.slug
