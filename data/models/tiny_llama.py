@@ -1,6 +1,6 @@
 """tiny-llama-wordnet-manpages-seed<k>.safetensors and -tokenizer.json: one small language model for all papers.
 
-    python data/models/tiny_llama.py                # both seeds, 3 minutes each
+    python data/models/tiny_llama.py                # both seeds, 11 minutes each
     python data/models/tiny_llama.py --seed 1       # one
     python data/models/tiny_llama.py --steps 50 --work /tmp/trial --out /tmp/trial       # to see it work
 
@@ -36,7 +36,7 @@ SEEDS = (0, 1)
 BETWEEN = "<|endoftext|>"
 VOCAB = 1024
 LENGTH = 128
-STEPS = 1600
+STEPS = 6400
 SETTINGS = {
     "batch": 8,
     "length": LENGTH,
