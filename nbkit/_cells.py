@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections.abc import Sequence
@@ -12,6 +13,13 @@ from typing import Any
 DIFFICULTIES = ("easy", "medium", "hard")
 _LABELS = {"Know before": "know_before", "Able to afterwards": "able", "Time": "time", "Difficulty": "difficulty"}
 _LABEL = re.compile(rf"^\*\*({'|'.join(_LABELS)})\*\*:", re.M)
+
+
+def calls(node: ast.AST) -> list[ast.Call]:
+    """The calls made when ``node`` runs; those inside a function or a lambda wait until it is called."""
+    later = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+    below = [] if later else [c for child in ast.iter_child_nodes(node) for c in calls(child)]
+    return [node, *below] if isinstance(node, ast.Call) else below
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ def attention_probabilities(
         return _asked(model, inputs) if layers is None else _recorded(model, inputs, layers)
 
 
+@forward.outside_inference_mode
 def attention_rollout(
     model: nn.Module,
     inputs: forward.Inputs,

@@ -52,17 +52,8 @@ def _stored(path: Path, slug: str) -> list[Claim]:
 
 def _calls(source: str) -> int:
     """How often a cell calls ``claims.check`` when it runs; in a function it only says what the function will do."""
-    if "claims.check(" not in source:
-        return 0
     try:
-        waiting = list(ast.parse(source).body)
+        made = _cells.calls(ast.parse(source))
     except SyntaxError:  # a magic
         return source.count("claims.check(")
-    count = 0
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, (ast.FunctionDef, ast.Lambda, ast.ClassDef)):
-            continue
-        count += isinstance(node, ast.Call) and ast.unparse(node.func) == "claims.check"
-        waiting += ast.iter_child_nodes(node)
-    return count
+    return sum(ast.unparse(call.func) == "claims.check" for call in made)

@@ -49,19 +49,13 @@ def unsafe_statements(source: str) -> list[tuple[int, str]]:
         is_text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         if isinstance(node, (ast.Assign, ast.AnnAssign)):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            if calls := [call for call in _calls(node) if not _is_constant_call(call)]:
+            if calls := [call for call in _cells.calls(node) if not _is_constant_call(call)]:
                 found.append((node.lineno, f"a value computed on import ({ast.unparse(calls[0].func)}(...))"))
             elif not all(isinstance(name, (ast.Name, ast.Tuple)) for name in targets):
                 found.append((node.lineno, "an assignment to something other than a name"))
         elif not isinstance(node, _DEFINITIONS) and not is_text:
             found.append((node.lineno, "a statement that runs on import"))
     return found
-
-
-def _calls(node: ast.AST) -> list[ast.Call]:
-    """The calls made when ``node`` runs: those inside a lambda are not."""
-    below = [] if isinstance(node, ast.Lambda) else [c for child in ast.iter_child_nodes(node) for c in _calls(child)]
-    return [node, *below] if isinstance(node, ast.Call) else below
 
 
 def _is_constant_call(call: ast.Call) -> bool:

@@ -53,6 +53,13 @@ def test_probabilities_are_what_was_attended_in_the_order_asked_for():
         attention_probabilities(nn.Sequential(nn.Linear(4, 4)), x, layers="0")
 
 
+def test_in_inference_mode_both_give_ordinary_tensors():
+    net, x = Attends(FIRST, SECOND), torch.randn(3, 2, 4)
+    with torch.inference_mode():
+        assert not attention_rollout(net, x, layers=["first", "second"]).is_inference()
+        assert not attention_probabilities(net, x, layers="first")[0].is_inference()
+
+
 def test_the_later_layer_multiplies_from_the_left():
     net, x = Attends([[[1.0, 0.0], [1.0, 0.0]]], SECOND), torch.randn(1, 2, 4)
     first = torch.tensor([[1.0, 0], [0.5, 0.5]])
