@@ -562,3 +562,25 @@ for _keep in (0.9, 0.7, 0.5):
     @row(f"ViT-S/14 narrowed to {_keep:.0%} of its tokens, {macs_left(_keep):.0%} of the multiply-adds", "all tokens")
     def _(keep=_keep):
         return _narrowed(keep)
+
+
+@row("SmolLM2 with LoRA (peft, rank 8 on all seven products) merged, 256 tokens", "the adapters beside it", target=1.0)
+def _():
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from nbkit import models
+
+    torch.manual_seed(0)
+    linears = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=linears, init_lora_weights=False)
+    beside, merged = (get_peft_model(models.load("smollm2"), config).eval() for _ in range(2))
+    merged.load_state_dict(beside.state_dict())
+    merged = merged.merge_and_unload()
+    ids = torch.arange(2, 258)[None]
+
+    @torch.no_grad()
+    def logits(net):
+        return net(input_ids=ids).logits
+
+    return Row(ours=lambda: logits(merged), theirs=lambda: logits(beside), repeats=5)
