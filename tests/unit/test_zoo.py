@@ -26,6 +26,8 @@ from nbkit.models.zoo import vision
         ("tiny-swin", {}, (2, 1, 28, 28), 10, None),
         ("cell-net", {}, (2, 1, 8, 8), 10, 5_594),
         ("cell-net", {"cells": 1, "inputs": 3, "classes": 4}, (2, 3, 14, 14), 4, None),
+        ("tiny-moe", {}, (2, 1, 28, 28), 10, 77_258),
+        ("tiny-moe", {"channels": 3, "size": 14, "classes": 4, "stored": (1, 2)}, (2, 3, 14, 14), 4, None),
         ("lenet-300-100", {}, (2, 1, 28, 28), 10, 266_610),
         ("lenet-conv", {}, (2, 1, 28, 28), 10, 54_314),
         ("lenet-300-100", {"inputs": 64}, (2, 1, 8, 8), 10, None),

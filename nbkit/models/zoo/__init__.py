@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from nbkit.errors import UnknownName, did_you_mean
-from nbkit.models.zoo import cells, language, vision, windows
+from nbkit.models.zoo import cells, language, moe, vision, windows
 
 ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
     "tiny-vit": vision.TinyViT,
@@ -22,6 +22,7 @@ ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
     "lenet-conv": vision.lenet_conv,
     "cell-net": cells.cell_net,
     "tiny-llama": language.tiny_llama,
+    "tiny-moe": moe.TinyMoE,
 }
 
 
