@@ -20,7 +20,7 @@ import tarfile
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -209,6 +209,18 @@ class Work:
             write_whole(path, json.dumps(compute()).encode())
             print(f"{key}: {time.process_time() - began:.1f} s", flush=True)
         return json.loads(path.read_text())
+
+
+def widened(
+    measure: Callable[[float], float], grid: Iterable[float], *, factor: float = 2, best: Callable[..., float] = min
+) -> dict[float, float]:
+    """``{rate: measure(rate)}`` of a grid that goes on by ``factor`` until its ``best`` (``min`` or ``max``) has
+    neighbours on both sides, so that no arm is held back by where its grid ends. In the order of measuring."""
+    found = {rate: measure(rate) for rate in grid}
+    while (rate := best(found, key=found.get)) in (low := min(found), max(found)):
+        rate = rate / factor if rate == low else rate * factor
+        found[rate] = measure(rate)
+    return found
 
 
 def work_option(name: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import io
 import lzma
+import math
 import subprocess
 import sys
 import zipfile
@@ -274,6 +275,17 @@ def test_a_recipe_loads_as_a_module_and_writes_beside_itself_or_where_it_is_told
     assert (tmp_path / "sets" / "numbers.csv").read_text() == "1,2,3"
     subprocess.run([*command, "--out", tmp_path / "deep", "--last", "5"], check=True, capture_output=True)
     assert (tmp_path / "deep" / "numbers.csv").read_text() == "1,2,5"
+
+
+@pytest.mark.parametrize(("best", "sign"), [(min, 1), (max, -1)])
+@pytest.mark.parametrize("top", [1, 2, 4, 32, 0.25])
+def test_a_grid_goes_on_until_its_best_has_neighbours(best, sign, top):
+    asked = []
+    found = recipes.widened(lambda r: asked.append(r) or sign * abs(math.log2(r / top)), (1, 2, 4), best=best)
+    assert best(found, key=found.get) == top
+    assert {top / 2, top, top * 2} <= set(found) and list(found) == asked
+    assert sorted(found) == [2.0**k for k in range(round(math.log2(min(found))), round(math.log2(max(found))) + 1)]
+
 
 
 def test_what_is_finished_is_computed_once(tmp_path):

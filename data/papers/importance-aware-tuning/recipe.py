@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from nbkit.recipes import Work, run, seeds_option, work_option, write_table
+from nbkit.recipes import Work, run, seeds_option, widened, work_option, write_table
 
 NAME = "importance-aware-tuning"
 RUNS = tuple((base, order) for order in range(3) for base in range(2))  # seed of the base model, order of the texts
@@ -107,16 +107,12 @@ def agreement(scores: pd.DataFrame, rises: pd.DataFrame) -> pd.DataFrame:
 
 def choose(kept: Work, arm: str, settings: dict) -> list[dict]:
     """Losses of base 0 by learning rate; the grid goes on while its best is at an end."""
-    losses: dict[float, float] = {}
 
-    def measured(lr: float) -> None:
+    def measured(lr: float) -> float:
         found = kept.once(f"rate {arm} {lr:g}", lambda: tuned(0, GRID_ORDER, lr, settings, "choose"))
-        losses[lr] = found["rows"][-1]["loss"]
+        return found["rows"][-1]["loss"]
 
-    for lr in GRID:
-        measured(lr)
-    while (best := min(losses, key=losses.get)) in (min(losses), max(losses)):
-        measured(best / 2 if best == min(losses) else best * 2)
+    losses = widened(measured, GRID)
     return [{"arm": arm, "lr": lr, "loss": value} for lr, value in sorted(losses.items())]
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from nbkit.recipes import Work, part_option, run, work_option, write_table
+from nbkit.recipes import Work, part_option, run, widened, work_option, write_table
 
 STEPS, BATCH, LENGTH = 100, 4, 64
 TRAIN = 242  # of the 300 texts, counted from the first: no text after it repeats one before
@@ -155,13 +155,12 @@ def once(arm: str, base: int, seed: int, lr: float, steps: int = STEPS) -> dict:
 def search(kept: Work, arm: str) -> tuple[float, list[dict]]:
     """The learning rate of an arm, doubled or halved until the best lies inside; and all that were tried."""
     middle = START["full" if arm == "full" else "LoRA" if "rank" in ARMS[arm] else "LISA"]
-    found: dict[float, float] = {}
-    wanted = [middle / 2, middle, 2 * middle]
-    while wanted:
-        for lr in wanted:
-            found[lr] = kept.once(f"tuning-{arm}-{lr}", partial(once, arm, 0, TUNING, lr))["loss"]
-        best = min(found, key=found.get)
-        wanted = [lr for lr in (best / 2, best * 2) if lr not in found]
+
+    def measured(lr: float) -> float:
+        return kept.once(f"tuning-{arm}-{lr}", partial(once, arm, 0, TUNING, lr))["loss"]
+
+    found = widened(measured, (middle / 2, middle, 2 * middle))
+    best = min(found, key=found.get)
     return best, [{"arm": arm, "lr": lr, "validation": round(found[lr], 4)} for lr in sorted(found)]
 
 

@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from nbkit.recipes import Work, run, seeds_option, work_option, write_table
+from nbkit.recipes import Work, run, seeds_option, widened, work_option, write_table
 
 NAME = "parameter-efficient-sparsity"
 ALPHAS = ("alpha1", "alpha2")
@@ -183,16 +183,12 @@ def tuned(setting: str, network: int, order: int, arm: str, lr: float, v_f: floa
 
 def choose(kept: Work, setting: str, arm: str) -> list[dict]:
     """Accuracy by learning rate; the grid goes on while its best is at an end."""
-    found: dict[float, float] = {}
 
-    def measure(lr: float) -> None:
+    def measured(lr: float) -> float:
         args = setting, 0, TUNING, arm, lr, 0.9, "choose"
-        found[lr] = kept.once(f"rate {setting} {arm} {lr:g}", lambda: tuned(*args))["accuracy"]
+        return kept.once(f"rate {setting} {arm} {lr:g}", lambda: tuned(*args))["accuracy"]
 
-    for lr in SETTINGS[setting]["grid"]:
-        measure(lr)
-    while (best := max(found, key=found.get)) in (min(found), max(found)):
-        measure(best / 3 if best == min(found) else best * 3)
+    found = widened(measured, SETTINGS[setting]["grid"], factor=3, best=max)
     return [{"setting": setting, "arm": arm, "lr": lr, "accuracy": a} for lr, a in sorted(found.items())]
 
 
