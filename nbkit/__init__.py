@@ -20,6 +20,7 @@ _SUBMODULES = (
     "hooks", "training",
     # floor 2: the methods
     "attribution", "neurons", "shapley", "importance", "sparsity", "concepts", "faithfulness", "language",
+    "representations",
     # floor 3: the paper's shelf
     "papers", "claims", "notebooks", "exercises",
     # floor 4: the reader's hands
@@ -42,6 +43,6 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:  # lets editors complete what __getattr__ loads
     from nbkit import (  # noqa: F401
         attribution, claims, concepts, datasets, errors, exercises, faithfulness, forward, hooks, importance,
-        language, models, neurons, notebooks, papers, plots, recipes, runtime, shapley, sparsity, training, weights,
-        widgets,
+        language, models, neurons, notebooks, papers, plots, recipes, representations, runtime, shapley, sparsity,
+        training, weights, widgets,
     )  # fmt: skip

@@ -15,7 +15,7 @@ FLOORS = [
      "_cells", "_catalogue", "_png"},
     {"hooks", "training"},
     {"attribution", "neurons", "shapley", "importance", "sparsity", "concepts", "faithfulness",
-     "language"},
+     "language", "representations"},
     {"papers", "claims", "notebooks", "exercises"},
     {"widgets", "plots"},
     {"pages"},  # the roof, with every __main__: what tends the shelf from a clone; nobody below imports it
