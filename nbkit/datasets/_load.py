@@ -14,7 +14,7 @@ from pathlib import Path
 from nbkit._paths import data_dir
 from nbkit.datasets._catalogue import CATALOGUE, FOOLBOX, LEE_50, LEE_SIMILARITY
 from nbkit.datasets._texts import Dictionary, Retrieval
-from nbkit.datasets._types import About, Dataset, Pictures, Table, Tensors, Texts
+from nbkit.datasets._types import About, Dataset, Pictures, Recordings, Table, Tensors, Texts
 
 
 def shipped(file: str, sha256: str) -> bytes:
@@ -54,6 +54,17 @@ def textile(about: About) -> Tensors:
     from nbkit import weights
 
     return arrays(about, weights.fetch("textile") / "textile.npz")
+
+
+def rest_fmri(about: About) -> Recordings:
+    import numpy as np
+    import torch
+
+    from nbkit import weights
+
+    with np.load(weights.fetch("rest-fmri") / "rest-fmri.npz", allow_pickle=False) as npz:
+        series, fibres, lengths = (torch.from_numpy(npz[part]) for part in ("series", "fibres", "lengths"))
+        return Recordings(about, series, fibres, lengths, tuple(map(str, npz["regions"])), interval=0.72)
 
 
 def digits(about: About) -> Tensors:
@@ -275,7 +286,7 @@ LOADERS = {
     "photos": photos, "imagenet-sample": imagenet_sample, "cifar-sample": cifar_sample,
     "oasis2": oasis2, "csf-biomarkers": csf_biomarkers,
     "parkinson-voice": parkinson_voice, "parkinson-speech": parkinson_speech,
-    "sleep-stages": sleep_stages,
+    "sleep-stages": sleep_stages, "rest-fmri": rest_fmri,
     "movement-libras": keel, "spambase": keel, "optdigits": keel,
     "lee": lee, "manpages": manpages, "wordnet": wordnet,
 }  # fmt: skip

@@ -233,6 +233,30 @@ class Pictures(Dataset):
 
 
 @dataclass(frozen=True, repr=False, eq=False)
+class Recordings(Dataset):
+    """Activity of the same brain regions in several people, and the fibres between the regions.
+
+    ``series`` float32 ``[people, regions, frames]``, a frame each ``interval`` seconds; ``fibres`` float32
+    ``[people, regions, regions]``, symmetric counts with nothing on the diagonal, and ``lengths``, of the same shape,
+    in mm; ``regions``: their names.
+
+    >>> from nbkit import datasets
+    >>> d = datasets.load("rest-fmri")                                      # doctest: +SKIP
+    >>> d.series.shape, d.regions[0]                                        # doctest: +SKIP
+    (torch.Size([7, 94, 1200]), 'Precentral_L')
+    """
+
+    series: Tensor = field(default=None)
+    fibres: Tensor = field(default=None)
+    lengths: Tensor = field(default=None)
+    regions: tuple[str, ...] = ()
+    interval: float = 0.0
+
+    def __len__(self) -> int:
+        return len(self.series)
+
+
+@dataclass(frozen=True, repr=False, eq=False)
 class Texts(Dataset):
     """Short documents: ``texts`` and, where the set has them, ``test`` (another part of the same kind).
 

