@@ -65,6 +65,12 @@ def shipped() -> Split:
 
 
 @functools.cache
+def mnist() -> Split:
+    data = datasets.load("mnist")
+    return Split((data.x_train, data.y_train), (data.x_test, data.y_test))
+
+
+@functools.cache
 def pooled() -> Split:
     data = datasets.load("mnist")
     half = torch.nn.AvgPool2d(2)
@@ -75,10 +81,12 @@ ADAMW = {"optimizer": "adamw", "batch": 64, "lr": 2e-3, "schedule": training.cos
 THREE = {"epochs": 3, "weight_decay": 1e-4, **ADAMW}
 POOLED = "14 x 14: means over 2 x 2 pixels"
 THIN = {"widths": [16, 16, 32, 32], "pool": [1, 3], "batch_norm": True}
+NARROW = {"widths": [8, 16, 16, 16], "pool": [1, 2]}
 PLANS = (
     Plan("tiny-vit", whole, {"epochs": 2, "weight_decay": 0.05, **ADAMW}),
     Plan("small-cnn", whole, THREE),
     Plan("small-cnn", shipped, THREE | {"epochs": 12}, THIN, "thin"),
+    Plan("small-cnn", mnist, THREE | {"epochs": 20, "lr": 5e-3}, NARROW, dataset="mnist", seeds=tuple(range(10))),
     Plan("vgg-small", shipped, THREE, layout=torch.channels_last),
     Plan("mobilenet-small", shipped, THREE, {"width": 0.5}, layout=torch.channels_last),
     Plan("resnet-small", shipped, THREE | {"epochs": 6}, layout=torch.channels_last),
