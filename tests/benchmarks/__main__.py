@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from nbkit import runtime
-from tests.benchmarks import alike, comparisons  # noqa: F401  (register their rows)
+from tests.benchmarks import alike, comparisons, search  # noqa: F401  (register their rows)
 from tests.benchmarks.growth import PICTURE, SWEEPS, draw, grow
 from tests.benchmarks.kit import import_time, run_notebook, yardstick
 from tests.benchmarks.links import BATCH, EPSILON, HIDDEN, WIDTHS, cost, summary
