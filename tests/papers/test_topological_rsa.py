@@ -200,6 +200,6 @@ def test_variants_change_one_thing():
     """With four layers the first statistic is that of the first four; of a pair of networks each teaches the other."""
     rdms = recipe.measured(4, "activations", 2.0)
     raw = [row["accuracy"] for row in recipe.varied(4, "four layers", 2.0) if row["statistic"] == "raw"]
-    assert raw == pytest.approx(recipe.told(rdms[:, :4]).mean(1))
+    assert raw == pytest.approx(topo.right(rdms[:, :4]).mean(1))
     raw = [row["accuracy"] for row in recipe.varied(4, "one network", 2.0) if row["statistic"] == "raw"]
-    assert raw == pytest.approx([recipe.told(rdms[k : k + 2]).mean() for k in range(0, 10, 2)])
+    assert raw == pytest.approx([topo.right(rdms[k : k + 2]).mean() for k in range(0, 10, 2)])

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from nbkit import attribution, hooks, models, papers, recipes
+from nbkit import attribution, hooks, papers, recipes
 from nbkit.errors import LayerNotFound
 
 tp = papers.method("trans-prune")
@@ -43,16 +43,6 @@ def llama():
 @pytest.fixture(scope="module")
 def ids():
     return torch.randint(0, 50, (2, 28), generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture(scope="module")
-def vit():
-    return models.load("tiny-vit", seed=0)
-
-
-@pytest.fixture(scope="module")
-def x():
-    return torch.rand(6, 1, 28, 28, generator=torch.Generator().manual_seed(0))
 
 
 # the score

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nbkit import hooks, models, papers, recipes, sparsity
+from nbkit import hooks, papers, recipes, sparsity
 from nbkit.errors import LayerNotFound
 
 zero = papers.method("zero-tprune")
@@ -24,16 +24,6 @@ def stage(n=3, heads=4, tokens=12, width=8, seed=0):
     draw = lambda: torch.randn(n, tokens, width, generator=g)  # noqa: E731
     places = torch.arange(tokens).expand(n, -1)
     return zero.Stage(graph(n, heads, tokens, seed).float(), draw(), draw(), places)
-
-
-@pytest.fixture(scope="module")
-def vit():
-    return models.load("tiny-vit", seed=0)
-
-
-@pytest.fixture(scope="module")
-def x():
-    return torch.rand(6, 1, 28, 28, generator=torch.Generator().manual_seed(0))
 
 
 # votes

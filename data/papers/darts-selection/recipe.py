@@ -35,13 +35,12 @@ def parts():
     """The notebook's method cells; the digits: one half trains the network, one alpha; 300 judge."""
     import torch
 
-    from nbkit import datasets, papers
+    from nbkit import papers, recipes
 
-    digits = datasets.load("digits")
-    first, val, _ = torch.randperm(1797, generator=torch.Generator().manual_seed(0)).split([1000, 300, 497])
-    x, y = digits.x[first].to(memory_format=torch.channels_last), digits.y[first]
-    val = digits.x[val], digits.y[val]
-    return papers.method("darts-selection"), (x[:500], y[:500]), (x[500:], y[500:]), val
+    digits = recipes.load("papers/nas-evaluation/recipe.py").split()
+    x, y = digits["train"]
+    x = x.to(memory_format=torch.channels_last)
+    return papers.method("darts-selection"), (x[:500], y[:500]), (x[500:], y[500:]), digits["val"]
 
 
 def trained(space: str, seed: int, folder: Path) -> list[dict]:

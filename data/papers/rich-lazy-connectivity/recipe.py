@@ -152,27 +152,21 @@ def build(out: Path, work: Path, seeds: int) -> list[Path]:
     cases += [(rank, "Frobenius norm", gain) for rank, gain in itertools.product((1, UNITS), (0.75, 2.0))]
     for (rank, measure, gain), seed in itertools.product(cases, range(seeds)):
         shown = seed == 0 and (measure, gain) == ("Frobenius norm", GAIN)
-
-        def one(rank=rank, measure=measure, gain=gain, seed=seed, shown=shown) -> dict:
-            return trained(ranked(seed, rank, measure, gain), seed, CURVE if shown else ())
-
+        w = ranked(seed, rank, measure, gain)
+        one = functools.partial(trained, w, seed, CURVE if shown else ())
         found = kept.once(f"rank-{rank}-{measure}-{gain}-{seed}", one)
         # the full one is what others are brought to: the same run by every measure
         for name in MEASURES if (rank, gain) == (UNITS, GAIN) else (measure,):
-            w = ranked(seed, rank, name, gain)
             rows += rows_of(found, w, start=f"rank {rank}", measure=name, gain=gain, seed=seed)
         curves += [{"start": f"rank {rank}", **row} for row in found["curve"]]
         if shown:
-            weights |= {f"rank {rank}.{name}": torch.tensor(w).half() for name, w in found["weights"].items()}
+            weights |= {f"rank {rank}.{name}": torch.tensor(p).half() for name, p in found["weights"].items()}
     for kind, measure, seed in itertools.product(STRUCTURES, MEASURES[::-1], range(seeds)):
         # the Gaussian one is what the others are brought to: the same run by every measure
         key = "spectral radius" if kind == "gaussian" else measure
-
-        def one(kind=kind, measure=measure, seed=seed) -> dict:
-            return trained(structured(seed, kind, measure), seed)
-
-        found = kept.once(f"structure-{kind}-{key}-{seed}", one)
-        rows += rows_of(found, structured(seed, kind, measure), start=kind, measure=measure, gain=GAIN, seed=seed)
+        w = structured(seed, kind, measure)
+        found = kept.once(f"structure-{kind}-{key}-{seed}", functools.partial(trained, w, seed))
+        rows += rows_of(found, w, start=kind, measure=measure, gain=GAIN, seed=seed)
     write_table(out / "results.csv", pd.DataFrame(rows).round(4))
     write_table(out / "curves.csv", pd.DataFrame(curves).round(4))
     write_tensors(out / "weights.safetensors", weights)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +44,14 @@ FAMILY = {
     "local": (0.0, 0.2),
     "global": (0.8, 1.0),
 }
+PLAIN = {  # of dissimilarities as they are
+    "raw": lambda rdms: rdms,
+    "mean only": lambda rdms: rdms.mean(-1, keepdims=True),
+    "scaled": lambda rdms: the_method().scaled(rdms),
+    "standardised": lambda rdms: the_method().standardised(rdms),
+}
+STATISTICS = (*PLAIN, *FAMILY, "geodesic")
+VARIED = ("raw", "mean only", "standardised", "ranked", "topology")
 TENTHS = [round(t / 10, 1) for t in range(11)]
 FRAMES = (60, 120, 240)
 DRAWS = 20
@@ -89,30 +97,19 @@ def measured(number: int, kind: str, size: float, metric: str = "correlation") -
     return found
 
 
-def statistics(rdms: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+def statistics(rdms: np.ndarray, names: Iterable[str] = STATISTICS) -> Iterator[tuple[str, np.ndarray]]:
     """Each statistic's name and the vectors it makes of dissimilarities [..., pairs]."""
     method = the_method()
-    yield "raw", rdms
-    yield "mean only", rdms.mean(-1, keepdims=True)
-    yield "scaled", method.scaled(rdms)
-    yield "standardised", standardised(rdms)
     ranks = method.scaled(rankdata(rdms, axis=-1))  # once for all pairs of thresholds
-    for name, (lower, upper) in FAMILY.items():
-        yield name, method.geotopological(ranks, lower, upper, ranked=False)
-    paths = method.geodesic(method.geotopological(ranks, 0.0, 0.5, ranked=False))
-    # not scaled: under heavy noise an RDM clipped at 0 has paths of length 0 between all, which tie
-    yield "geodesic", rankdata(paths, axis=-1) / paths.shape[-1]
-
-
-def standardised(rdms: np.ndarray) -> np.ndarray:
-    """Mean 0 and length 1, so that a squared distance is 2 (1 - Pearson's r): what plain RSA compares."""
-    centred = rdms - rdms.mean(-1, keepdims=True)
-    return centred / np.linalg.norm(centred, axis=-1, keepdims=True)
-
-
-def told(vectors: np.ndarray) -> np.ndarray:
-    """Whether each RDM's label was told, bools [instances, labels]."""
-    return the_method().identify(vectors) == np.arange(vectors.shape[1])
+    for name in names:
+        if name in FAMILY:
+            yield name, method.geotopological(ranks, *FAMILY[name], ranked=False)
+        elif name == "geodesic":
+            paths = method.geodesic(method.geotopological(ranks, 0.0, 0.5, ranked=False))
+            # not scaled: under heavy noise an RDM clipped at 0 has paths of length 0 between all, which tie
+            yield name, rankdata(paths, axis=-1) / paths.shape[-1]
+        else:
+            yield name, PLAIN[name](rdms)
 
 
 def within_across(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -137,7 +134,7 @@ def within_across(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def of_a_set(number: int, kind: str, size: float) -> tuple[list[dict], list[dict]]:
     rows, ratios = [], []
     for name, vectors in statistics(measured(number, kind, size)):
-        right = told(vectors)
+        right = the_method().right(vectors)
         where = {"noise": kind, "size": size, "statistic": name, "set": number}
         rows += [{**where, "network": k, "accuracy": r} for k, r in enumerate(right.mean(1).tolist())]
         if kind == "none" and vectors.shape[-1] > 1:
@@ -165,28 +162,31 @@ def map_of(number: int, kind: str, size: float) -> list[dict]:
     where = {"noise": kind, "size": size, "set": number}
     return [
         {**where, "family": family(lower, upper), "lower": lower, "upper": upper}
-        | {"accuracy": float(told(method.geotopological(ranks, lower, upper, ranked=False)).mean())}
+        | {"accuracy": float(method.right(method.geotopological(ranks, lower, upper, ranked=False)).mean())}
         for lower, upper in itertools.combinations_with_replacement(TENTHS, 2)
     ]
 
 
 def varied(number: int, variant: str, size: float) -> list[dict]:
     """Accuracies of five statistics where one thing differs; for "one network", of five pairs of networks."""
-    rdms = measured(number, "activations", size, variant if variant in ("euclidean", "cosine") else "correlation")
+    rdms = measured(
+        number, "activations", size, variant if variant in ("euclidean", "cosine") else "correlation"
+    )
     if variant == "four layers":
         rdms = rdms[:, :4]
     groups = rdms.reshape(5, 2, *rdms.shape[1:]) if variant == "one network" else rdms[None]
-    kept = ("raw", "mean only", "standardised", "ranked", "topology")
     where = {"variant": variant, "size": size, "set": number}
-    made = []
-    for group in groups:
-        lazily = itertools.takewhile(lambda one: one[0] != "binary", statistics(group))
-        made.append({name: told(vectors).mean(1) for name, vectors in lazily if name in kept})
+    made = [
+        {name: the_method().right(vectors).mean(1) for name, vectors in statistics(group, VARIED)}
+        for group in groups
+    ]
     rows = []
-    for name in kept:
+    for name in VARIED:
         right = [shares[name] for shares in made]
         shares = np.mean(right, axis=1) if len(groups) > 1 else right[0]
-        rows += [{**where, "statistic": name, "network": k, "accuracy": float(a)} for k, a in enumerate(shares)]
+        rows += [
+            {**where, "statistic": name, "network": k, "accuracy": float(a)} for k, a in enumerate(shares)
+        ]
     return rows
 
 
