@@ -7,8 +7,21 @@
 """
 
 from nbkit.training._evaluate import accuracy, evaluate
+from nbkit.training._examples import example_gradients, gradient_norms
 from nbkit.training._loop import OPTIMIZERS, History, cosine, fit
 from nbkit.training._pgd import pgd
 from nbkit.training._state import recalibrate, state
 
-__all__ = ["OPTIMIZERS", "History", "accuracy", "cosine", "evaluate", "fit", "pgd", "recalibrate", "state"]
+__all__ = [
+    "OPTIMIZERS",
+    "History",
+    "accuracy",
+    "cosine",
+    "evaluate",
+    "example_gradients",
+    "fit",
+    "gradient_norms",
+    "pgd",
+    "recalibrate",
+    "state",
+]
