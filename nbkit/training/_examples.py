@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -28,7 +29,7 @@ def example_gradients(
     *,
     loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
     parameters: Iterable[str] | None = None,
-    chunk: int = 128,
+    chunk: int = 32,
 ) -> Gradients:
     """The gradient of each example's own loss with respect to the weights.
 
@@ -63,7 +64,7 @@ def gradient_norms(
     *,
     loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
     parameters: Iterable[str] | None = None,
-    chunk: int = 128,
+    chunk: int = 32,
 ) -> Tensor:
     """The Euclidean length of every gradient of :func:`example_gradients`, over all parameters: ``[N]``, on the CPU.
 
@@ -108,7 +109,9 @@ def _vectorised(model, weights: Gradients, x, y: Tensor, loss) -> Gradients | No
 
     given = {f"model.{name}": weight.detach() for name, weight in weights.items()}
     try:
-        found = torch.func.vmap(torch.func.grad(value), (None, 0, 0))(given, x, y)
+        with warnings.catch_warnings():  # vmap says where it loops over a kernel: slower, not wrong
+            warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+            found = torch.func.vmap(torch.func.grad(value), (None, 0, 0))(given, x, y)
     except Exception:  # whatever is wrong with the input and not with vmap is raised by the plain loop
         return None
     return {name: found[f"model.{name}"].detach() for name in weights}

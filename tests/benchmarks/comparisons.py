@@ -584,3 +584,25 @@ def _():
         return net(input_ids=ids).logits
 
     return Row(ours=lambda: logits(merged), theirs=lambda: logits(beside), repeats=5)
+
+
+@row("gradient norms of 300 digits, lenet-conv", "a backward pass an example", target=0.7)
+def _():
+    import torch
+    import torch.nn.functional as F
+
+    from nbkit import datasets, models, training
+
+    net = models.build("lenet-conv", seed=0)
+    digits = datasets.load("mnist")
+    x, y = digits.x_test[:300], digits.y_test[:300]
+
+    def one_by_one():
+        norms = []
+        for i in range(len(y)):
+            loss = F.cross_entropy(net(x[i : i + 1]), y[i : i + 1])
+            gradients = torch.autograd.grad(loss, list(net.parameters()))
+            norms.append(sum(g.square().sum() for g in gradients).sqrt())
+        return torch.stack(norms)
+
+    return Row(ours=lambda: training.gradient_norms(net, x, y), theirs=one_by_one)
