@@ -46,8 +46,8 @@ def example_gradients(
 
     Returns: ``{name: [N, *shape of the parameter]}``, on the CPU.
 
-    Raises: ValueError (no or unknown parameters, a loss that is not one number, lengths that differ), TypeError,
-    IndexError (a class out of range), NotFinite.
+    Raises: ValueError (no or unknown parameters, a loss that is not one number, lengths that differ, a tensor of the
+    dict that all examples share), TypeError, IndexError (a class out of range), NotFinite.
 
     >>> example_gradients(nn.Linear(2, 3), torch.rand(5, 2), torch.zeros(5, dtype=torch.long))["weight"].shape
     torch.Size([5, 3, 2])
@@ -86,6 +86,7 @@ def _chunks(model, x, y, loss, parameters, chunk) -> Iterator[Gradients]:
     check_whole(chunk=chunk)
     weights = _chosen(model, parameters)
     device = next(iter(weights.values())).device
+    forward.check_examples(model, moved(forward.take(x, slice(0, 2)), device))
     together = True
     with forward.evaluating(model), torch.enable_grad(), forward.requiring_grad(weights.values(), True):
         if loss is cross_entropy:

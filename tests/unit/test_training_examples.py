@@ -147,3 +147,38 @@ def test_bad_input_is_named(settings, error, words):
     with pytest.raises(error, match=words):
         training.example_gradients(model, X, given.pop("y"), **given)
     assert not any(p.grad is not None for p in model.parameters())
+
+
+class Scorer(nn.Module):
+    """How like each row is to some prototypes [C, 4]."""
+
+    def __init__(self):
+        super().__init__()
+        self.encode = nn.Linear(6, 4)
+
+    def forward(self, x, prototypes, scale):
+        return scale * torch.tanh(self.encode(x)) @ prototypes.T
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_a_tensor_that_all_examples_share_is_refused(count):
+    inputs = {"x": X[:2], "prototypes": rand(count, 4), "scale": torch.ones(2, 1)}
+    with pytest.raises(ValueError, match="prototypes"):
+        training.example_gradients(Scorer(), inputs, torch.tensor([0, 1]))
+
+
+class Scaled(nn.Linear):
+    def forward(self, x, scale):
+        return scale * super().forward(x)
+
+
+def test_a_dict_of_examples_and_a_tensor_of_length_one():
+    torch.manual_seed(0)
+    model = Scaled(6, 3)
+    one = training.example_gradients(model, {"x": X, "scale": torch.tensor([[2.0]])}, Y)
+    each = training.example_gradients(model, {"x": X, "scale": torch.full((7, 1), 2.0)}, Y)
+    for i in range(7):
+        loss = F.cross_entropy(model(X[i : i + 1], 2.0), Y[i : i + 1])
+        (expected,) = torch.autograd.grad(loss, [model.weight])
+        torch.testing.assert_close(one["weight"][i], expected)
+        torch.testing.assert_close(each["weight"][i], expected)
