@@ -347,8 +347,9 @@ def test_the_stored_rows_come_out_again():
     for name, mix, given in (recipe.SETTINGS[0], recipe.SETTINGS[3], recipe.SETTINGS[12]):
         now = pd.Series({k: v for k, v in recipe.simulated(name, mix, 3, **given).items() if k != "seed"})
         now = now.drop(["setting", "mix"]).astype(float)
-        same = np.isclose(stored.loc[(name, mix), now.index].astype(float), now, rtol=0.02)
-        assert same.sum() >= len(now) - 2  # another processor's rounding can turn a choice between near equals
+        # its folds cannot tell k or more nearest tasks apart, all solve W nu = w: the processor's rounding chooses
+        now = now.drop("nearest, tuned", errors="ignore")
+        np.testing.assert_allclose(stored.loc[(name, mix), now.index].astype(float), now, rtol=0.02)
     assert len(table) == len(recipe.SETTINGS) * recipe.SEEDS and not table["true B"].isna().any()
     assert len(papers.results("lasso-multitask", "mnist")) == 2 * len(recipe.MNIST) * 10 * recipe.MNIST_SEEDS
 

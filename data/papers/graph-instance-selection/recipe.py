@@ -244,7 +244,7 @@ def summed_up(table: pd.DataFrame) -> pd.DataFrame:
     best so chosen of all graphs and scores."""
     table["accuracy"] = table[["neighbour", "forest"]].mean(axis=1)
     lots = table["score"].str.startswith("random")
-    scored = table["score"].isin(["attention", "attention per neighbour", "confidence", "boundary"])
+    scored = table["score"].isin(papers.method("graph-instance-selection").SCORES)
     keys, more = ["data", "seed"], []
     for name, part in (("best draw", table[lots]), ("best score", table[scored])):
         more.append(table.loc[part.groupby(keys)["left_out"].idxmax()].assign(builder="", score=name))

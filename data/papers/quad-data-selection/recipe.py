@@ -541,12 +541,11 @@ def gains(model, layers: list[str], chunks: Tensor, reference: Tensor, eta: floa
     """What the reference gains, divided by eta, from one plain step of gradient descent of these layers a chunk."""
     before, found = language.nll(model, reference, batch=64).mean(), []
     names = [f"{name}.weight" for name in layers]
-    for chunk in chunks:
-        loss = next_token(model(input_ids=chunk[None]).logits, chunk[None])
-        steps = torch.autograd.grad(loss, [model.get_parameter(name) for name in names])
+    steps = training.example_gradients(model, {"input_ids": chunks}, chunks, loss=next_token, parameters=names)
+    for i in range(len(chunks)):
         moved = copy.deepcopy(model)
-        for name, step in zip(names, steps, strict=True):
-            moved.get_parameter(name).data -= eta * step
+        for name in names:
+            moved.get_parameter(name).data -= eta * steps[name][i]
         found.append(float(before - language.nll(moved, reference, batch=64).mean()) / eta)
     return found
 
